@@ -1,0 +1,347 @@
+"""Image sets as plain tensors: two that need no network, two that are downloaded once.
+
+A data set here is small enough to sit on the device as one uint8 tensor, so there are no loader
+processes: a batch is an index, and augmentation is two tensor operations (:func:`crop_flip`).
+
+    digits()      1,797 handwritten digits from scikit-learn, the offline default (real images)
+    synthetic()   any number of classes, any size; learnable textures, for tests and scaling
+    cifar10()     50,000 + 10,000 photographs, 10 classes
+    cifar100()    50,000 + 10,000 photographs, 100 classes
+
+The last two are read from ``data/cache/<name>.npz`` if that file is there, else fetched through
+torchvision and written there. Letters: N images, C channels, H x W pixels.
+
+Chapter: 03, "What happens to a network?"
+"""
+
+import difflib
+import os
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from axmoe_lite import paths
+
+KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A labelled image set held in memory, checked when it is made.
+
+    Args:
+        name: what rows of results call it, for example ``"cifar100"``.
+        x_train, x_test: uint8 [N, C, H, W], the same C, H, W in both.
+        y_train, y_test: int64 [N], each in ``0 .. len(classes) - 1``.
+        classes: the class names in label order.
+        mean, std: of each channel of the training images, in [0, 1]; measured when left out, and kept
+            by :meth:`subset`, so that a network sees the same numbers whatever part it is tested on.
+
+    Raises:
+        ValueError: for an empty split, a wrong shape or dtype, or a label that names no class.
+
+    >>> tiny = synthetic(classes=3, size=8, n_train=12, n_test=6)
+    >>> tiny.x_train.shape, len(tiny.classes)
+    (torch.Size([12, 3, 8, 8]), 3)
+    """
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for split, x, y in (("train", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
+            _check_split(f"{self.name}: {split}", x, y, len(self.classes))
+        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            raise ValueError(
+                f"{self.name}: training images are {tuple(self.x_train.shape[1:])} and test images "
+                f"{tuple(self.x_test.shape[1:])}; give both splits the same [C, H, W]."
+            )
+        if not self.mean:
+            mean, std = _statistics(self.x_train)
+            object.__setattr__(self, "mean", mean)
+            object.__setattr__(self, "std", std)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] to float32 with zero mean and unit deviation in each channel."""
+        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (x.float() / 255 - mean) / std
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same set with its tensors on ``device``."""
+        moved = {key: getattr(self, key).to(device) for key in ("x_train", "y_train", "x_test", "y_test")}
+        return replace(self, **moved)
+
+    def subset(self, *, n_train: int | None = None, n_test: int | None = None) -> "Images":
+        """At most ``n_train`` and ``n_test`` images (``None``: all), taken at even steps through the set.
+
+        Even steps keep every class of a set that is ordered by class.
+        """
+
+        def evenly(x: Tensor, n: int | None) -> Tensor:
+            if n is not None and n < 1:
+                raise ValueError(f"{self.name}: a subset of {n} images was asked for; at least 1 is needed.")
+            n = len(x) if n is None else min(n, len(x))
+            return torch.arange(n, device=x.device) * len(x) // n
+
+        train, test = evenly(self.x_train, n_train), evenly(self.x_test, n_test)
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=self.x_test[test],
+            y_test=self.y_test[test],
+        )
+
+
+def _statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Summed as integers, so that every machine gets the same bits."""
+    histogram = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in x.transpose(0, 1)]).cpu()
+    value, n = torch.arange(256), x.numel() // x.shape[1]
+    mean = (histogram * value).sum(1).double() / n
+    variance = (histogram * value**2).sum(1).double() / n - mean**2
+    std = variance.clamp_min(1).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def _check_split(where: str, x: Tensor, y: Tensor, classes: int) -> None:
+    if x.ndim != 4 or x.dtype != torch.uint8:
+        raise ValueError(
+            f"{where} images must be uint8 [N, C, H, W]; these are {x.dtype} {list(x.shape)}."
+            " (Images stored as [N, H, W, C] need .permute(0, 3, 1, 2).)"
+        )
+    if len(x) == 0 or 0 in x.shape:
+        raise ValueError(f"{where} images are empty, shape {list(x.shape)}; at least one image is needed.")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(f"{where} labels must be int64 [{len(x)}]; these are {y.dtype} {list(y.shape)}.")
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise ValueError(
+            f"{where} labels run from {int(y.min())} to {int(y.max())}, but there are {classes} classes;"
+            f" labels must lie in 0..{classes - 1}."
+        )
+
+
+def crop_flip(x: Tensor, *, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
+    """Shift each image by up to ``padding`` pixels (black outside) and, with ``flip``, mirror half of them.
+
+    Args:
+        x: [N, C, H, W], any dtype, any device.
+        generator: a CPU generator, so that every device draws the same augmentation.
+
+    Returns:
+        [N, C, H, W], a new tensor.
+    """
+    n, _, height, width = x.shape
+    shift = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    mirror = torch.rand(n, 1, generator=generator) < (0.5 if flip else 0)
+    rows = shift[0] + torch.arange(height)
+    columns = torch.where(mirror, torch.arange(width).flip(0), torch.arange(width)) + shift[1]
+    padded = torch.nn.functional.pad(x, (padding,) * 4)
+    # Advanced indices first, the channel last: [N, H, W, C], which is channels_last memory already.
+    image = torch.arange(n)[:, None, None]
+    picked = padded.permute(0, 2, 3, 1)[
+        image.to(x.device), rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)
+    ]
+    return picked.permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------- offline
+
+
+def digits(*, seed: int = 0) -> Images:
+    """scikit-learn's handwritten digits, enlarged from 8x8 to 32x32 RGB: 1,437 to learn, 360 to test.
+
+    Real images that ship inside a package, so the book runs with the network off. ``seed`` draws
+    the split. Grey is copied to three channels, so that the networks are those of CIFAR.
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    grey = torch.from_numpy(raw.images).float()[:, None] / 16
+    large = torch.nn.functional.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False)
+    x = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    y = torch.from_numpy(raw.target).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    test, train = order[:360], order[360:]
+    return Images("digits", x[train], y[train], x[test], y[test], tuple("0123456789"))
+
+
+def synthetic(*, classes: int = 10, size: int = 32, n_train: int = 2000, n_test: int = 500, seed: int = 0) -> Images:
+    """Textures that a network can learn: one smooth random pattern a class, shifted, faded and noisy.
+
+    Every image is its class's pattern rolled by a random amount, so a classifier must find the
+    texture and not a pixel. Made for tests and for scaling studies, not for claims.
+
+    Raises:
+        ValueError: when ``classes``, ``size`` or a count is below its minimum (2, 4 and 1).
+    """
+    for name, value, least in (
+        ("classes", classes, 2),
+        ("size", size, 4),
+        ("n_train", n_train, 1),
+        ("n_test", n_test, 1),
+    ):
+        if value < least:
+            raise ValueError(f"synthetic() was asked for {name} = {value}; it must be at least {least}.")
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(classes, 3, 4, 4, generator=generator)
+    patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-2, 2)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(0, classes, (n,), generator=generator)
+        shift = torch.randint(0, size, (2, n, 1), generator=generator)
+        rows, columns = (shift + torch.arange(size)) % size
+        image = torch.arange(n)[:, None, None]
+        x = patterns[y].permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
+        contrast = 25 + 20 * torch.rand(n, 1, 1, 1, generator=generator)
+        noise = 12 * torch.randn(x.shape, generator=generator)
+        return (128 + contrast * x + noise).clamp(0, 255).round().to(torch.uint8).permute(0, 3, 1, 2), y
+
+    (x_train, y_train), (x_test, y_test) = draw(n_train), draw(n_test)
+    names = tuple(f"texture {i}" for i in range(classes))
+    return Images("synthetic", x_train.contiguous(), y_train, x_test.contiguous(), y_test, names)
+
+
+# --------------------------------------------------------------------------- downloaded once
+
+
+def cifar10() -> Images:
+    """CIFAR-10: 50,000 + 10,000 RGB photographs of 32x32 pixels (Krizhevsky, 2009)."""
+    return _cifar("cifar10", "CIFAR10", 10)
+
+
+def cifar100() -> Images:
+    """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 RGB photographs of 32x32 pixels."""
+    return _cifar("cifar100", "CIFAR100", 100)
+
+
+def _cifar(name: str, torchvision_class: str, classes: int) -> Images:
+    path = paths.cache_dir() / f"{name}.npz"
+    if not path.exists():
+        _download_cifar(path, torchvision_class)
+    images = read_npz(path)
+    expected = {"x_train": (50_000, 3, 32, 32), "x_test": (10_000, 3, 32, 32)}
+    for key, shape in expected.items():
+        if tuple(getattr(images, key).shape) != shape or len(images.classes) != classes:
+            raise ValueError(
+                f"{path} holds {len(images.classes)} classes and {key} {list(getattr(images, key).shape)};"
+                f" {name} has {classes} classes and {key} {list(shape)}. Delete the file and call {name}()"
+                " again where there is a network."
+            )
+    return images
+
+
+def read_npz(path: Path | str) -> Images:
+    """Read an image set from one ``.npz`` file: your own, or a cached one.
+
+    Args:
+        path: a file with ``x_train``, ``x_test`` (uint8 [N, H, W, C]), ``y_train``, ``y_test``
+            (integers [N]) and ``classes`` (strings). The set is named after the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, truncated, lacks a key, or holds the wrong shapes.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No image set at {path}; a .npz file with the keys {', '.join(KEYS)} is needed.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in KEYS if key not in archive.files]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)} (its keys: {', '.join(archive.files) or 'none'})")
+            raw = {key: archive[key] for key in KEYS}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, AttributeError) as reason:
+        raise ValueError(
+            f"{path} cannot be read as an image set: {reason}. It is damaged or incomplete; delete it, then"
+            f" download or copy it again (keys needed: {', '.join(KEYS)})."
+        ) from reason
+    for key in ("x_train", "x_test"):
+        if raw[key].ndim != 4 or raw[key].dtype != np.uint8:
+            raise ValueError(f"{path}: {key} must be uint8 [N, H, W, C], not {raw[key].dtype} {list(raw[key].shape)}.")
+    for key in ("y_train", "y_test"):
+        if raw[key].dtype.kind not in "iu":
+            raise ValueError(f"{path}: {key} must be integers [N], not {raw[key].dtype}.")
+    x_train, x_test = (torch.from_numpy(raw[key]).permute(0, 3, 1, 2).contiguous() for key in ("x_train", "x_test"))
+    y_train, y_test = (torch.from_numpy(raw[key].astype(np.int64)) for key in ("y_train", "y_test"))
+    return Images(path.stem, x_train, y_train, x_test, y_test, tuple(str(c) for c in raw["classes"]))
+
+
+def _download_cifar(path: Path, torchvision_class: str) -> None:
+    """Fetch through torchvision into a temporary folder, then move one finished file into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        try:
+            source = getattr(import_torchvision().datasets, torchvision_class)
+            train, test = (source(folder, train=flag, download=True) for flag in (True, False))
+        except (OSError, RuntimeError, ImportError) as reason:
+            raise FileNotFoundError(
+                f"{path.stem} is not at {path} and could not be downloaded ({reason}). Run once where there is a"
+                f" network, or put a {path.name} with the keys {', '.join(KEYS)} there. Without a network,"
+                " digits() and synthetic() work."
+            ) from reason
+        finished = Path(folder) / path.name
+        np.savez(
+            finished,
+            x_train=train.data,
+            y_train=np.array(train.targets, np.int64),
+            x_test=test.data,
+            y_test=np.array(test.targets, np.int64),
+            classes=np.array(train.classes),
+        )
+        os.replace(finished, path)
+
+
+_nms_library: torch.library.Library | None = None  # must outlive the import that needs it
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, also where a CPU-only torch meets a torchvision built for CUDA.
+
+    Such a torchvision cannot load its compiled part and then fails because the two operators that
+    part would have declared are missing. Declaring them lets everything written in Python work
+    (its models, its data sets); box suppression itself stays unavailable.
+    """
+    global _nms_library
+    try:
+        import torchvision
+    except RuntimeError as reason:
+        if "torchvision::nms" not in str(reason):
+            raise
+        for broken in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[broken]
+        _nms_library = torch.library.Library("torchvision", "DEF")
+        _nms_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _nms_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float score_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+LOADERS: dict[str, Callable[[], Images]] = {
+    "digits": digits,
+    "synthetic": synthetic,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+}
+
+
+def load(name: str) -> Images:
+    """The image set of that name, with its defaults: what a notebook's ``dataset`` parameter names."""
+    if name not in LOADERS:
+        near = difflib.get_close_matches(name, LOADERS, n=1, cutoff=0)
+        raise ValueError(f"No image set is called {name!r}; there are {', '.join(LOADERS)}. Did you mean {near[0]!r}?")
+    return LOADERS[name]()

@@ -1,0 +1,119 @@
+"""Networks of the papers, written plainly: the CIFAR ResNets of He et al. (2016), section 4.2.
+
+Layer names are those of the public CIFAR model zoo (``conv1``, ``layer2.0.conv1``, ``fc``), because an
+assignment speaks of layers by name. Letters: N images, C channels, H x W pixels.
+
+Chapter: 03, "What happens to a network?"
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a way around them; [N, C_in, H, W] to [N, C, H / stride, W / stride].
+
+    Args:
+        shortcut: what carries the input around when the shape changes. ``"projection"`` is a 1x1
+            convolution with BatchNorm; ``"pad"`` drops pixels and appends zero channels, and has no
+            weights to approximate.
+    """
+
+    def __init__(self, c_in: int, c: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.conv2 = nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c)
+        self.relu = nn.ReLU()
+        if stride == 1 and c_in == c:
+            self.downsample = nn.Identity()
+        elif shortcut == "projection":
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c))
+        else:
+            self.downsample = PadShortcut(stride, c - c_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + self.downsample(x))
+
+
+class PadShortcut(nn.Module):
+    """He et al.'s option A: every ``stride``-th pixel, and ``extra`` zero channels at the end."""
+
+    def __init__(self, stride: int, extra: int) -> None:
+        super().__init__()
+        self.stride, self.extra = stride, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.extra))
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of 6 n + 2 layers: [N, 3, H, W] to class scores [N, classes].
+
+    Args:
+        blocks: n, the residual blocks in each of the three stages (16, 32 and 64 channels).
+        classes: number of classes.
+        shortcut: ``"projection"`` or ``"pad"``, see :class:`BasicBlock`.
+    """
+
+    def __init__(self, blocks: int, classes: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = self._stage(16, 16, 1, blocks, shortcut)
+        self.layer2 = self._stage(16, 32, 2, blocks, shortcut)
+        self.layer3 = self._stage(32, 64, 2, blocks, shortcut)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(c_in: int, c: int, stride: int, blocks: int, shortcut: str) -> nn.Sequential:
+        first = BasicBlock(c_in, c, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(c, c, 1, shortcut) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def resnet20(*, classes: int, seed: int = 0, shortcut: str = "projection") -> ResNet:
+    """ResNet-20 for 32x32 images: 40.82 M MACs and 0.28 M parameters at 100 classes.
+
+    AxMoE's dense reference has the size of the public model zoo's network, whose shortcuts are 1x1
+    projections; He et al. pad instead (``shortcut="pad"``).
+
+    >>> sum(p.numel() for p in resnet20(classes=100).parameters())
+    278324
+    """
+    return _resnet(blocks=3, classes=classes, seed=seed, shortcut=shortcut)
+
+
+def resnet8(*, classes: int, seed: int = 0, shortcut: str = "pad") -> ResNet:
+    """ResNet-8, the network of ALWANN and MAx-DNN: 7 convolutions (16-16-32-64) and a classifier.
+
+    Seven convolutions leave no room for projections, hence the padded shortcuts by default.
+
+    >>> sum(isinstance(m, nn.Conv2d) for m in resnet8(classes=10).modules())
+    7
+    """
+    return _resnet(blocks=1, classes=classes, seed=seed, shortcut=shortcut)
+
+
+def _resnet(*, blocks: int, classes: int, seed: int, shortcut: str) -> ResNet:
+    if shortcut not in ("projection", "pad"):
+        raise ValueError(f"shortcut is {shortcut!r}; it can be 'projection' or 'pad'.")
+    if classes < 1:
+        raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResNet(blocks, classes, shortcut)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model.to(memory_format=torch.channels_last)
