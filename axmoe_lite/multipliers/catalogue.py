@@ -1,0 +1,99 @@
+"""Names to multipliers. Assignments, CSV cells and command lines hold names; this is where they resolve."""
+
+import difflib
+import inspect
+import re
+from functools import lru_cache
+
+from axmoe_lite.multipliers import families
+from axmoe_lite.multipliers.published import PUBLISHED
+from axmoe_lite.multipliers.table import Multiplier
+
+EVOAPPROX: tuple[str, ...] = tuple(p.name for p in PUBLISHED)
+"""The thirteen EvoApproxLib v2022 circuits, from exact to cheapest."""
+
+PAPER_EIGHT: tuple[str, ...] = tuple(p.name for p in PUBLISHED if p.in_paper)
+"""The eight that AxMoE evaluates (1KV8 and 1KVP are deduced, the others named)."""
+
+EXACT: str = "mul8s_1KV6"
+
+FAMILIES = {
+    function.__name__: function
+    for function in (
+        families.broken_array,
+        families.truncation,
+        families.drum,
+        families.mitchell,
+        families.roba,
+        families.pr,
+        families.roup,
+    )
+}
+
+
+@lru_cache(maxsize=512)
+def multiplier(name: str) -> Multiplier:
+    """The multiplier of that name.
+
+    Args:
+        name: an EvoApproxLib v2022 circuit (``"mul8s_1L2J"``), a family with its numbers
+            (``"drum(4)"``, ``"broken_array(1,0,3)"``, ``"mitchell()"``), a circuit under its v1.x name
+            (``"v1:mul8s_1L2H"``), or any of these with operands exchanged (``"swap:mul8s_1KVM"``).
+
+    Raises:
+        ValueError: for a name that does not exist; the message names the nearest that does.
+
+    >>> multiplier("mul8s_1L2J").power_mw
+    0.301
+    >>> multiplier("v1:mul8s_1L2H").name
+    'mul8s_1L2J'
+    >>> multiplier("mul8s_1L2K")
+    Traceback (most recent call last):
+        ...
+    ValueError: No multiplier is called 'mul8s_1L2K'. Did you mean 'mul8s_1L2N'? There are mul8s_1KV6, ...
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} is a {type(name).__name__}.")
+    if name.startswith("swap:"):
+        return multiplier(name.removeprefix("swap:")).swapped()
+    for published in PUBLISHED:
+        if name in (published.name, f"v1:{published.v1_name}"):
+            array = families.broken_array(*published.drops)
+            return Multiplier(
+                published.name,
+                array.table,
+                published.power_mw,
+                published.area_um2,
+                published.delay_ns,
+                source="EvoApproxLib v2022, PDK45",
+            )
+    call = re.fullmatch(r"(\w+)\(([-\d, ]*)\)", name)
+    if call and call[1] in FAMILIES:
+        return _call_family(name, call[1], call[2])
+    raise ValueError(_unknown(name))
+
+
+def _call_family(name: str, family: str, arguments: str) -> Multiplier:
+    function = FAMILIES[family]
+    expected = list(inspect.signature(function).parameters)
+    numbers = [part.strip() for part in arguments.split(",")] if arguments.strip() else []
+    if len(numbers) != len(expected) or not all(re.fullmatch(r"-?\d+", n) for n in numbers):
+        raise ValueError(f"{name!r} does not fit its family; write {family}({', '.join(expected)}) with whole numbers.")
+    return function(*map(int, numbers))
+
+
+def _unknown(name: str) -> str:
+    forms = [f"{family}({','.join(inspect.signature(f).parameters)})" for family, f in FAMILIES.items()]
+    old = {p.v1_name: p.name for p in PUBLISHED}
+    if name in old:
+        return (
+            f"{name!r} is a v1.x name; in v2022 that circuit is {old[name]!r}. Ask for that, or for 'v1:{name}'"
+            " if v1.x is what you mean."
+        )
+    known = [*EVOAPPROX, *FAMILIES, *(f"v1:{old_name}" for old_name in old)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    near = next((form for form in forms if form.startswith(f"{near}(")), near)
+    return (
+        f"No multiplier is called {name!r}. Did you mean {near!r}? There are {', '.join(EVOAPPROX)}, the families"
+        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', and 'swap:' before any of them."
+    )

@@ -1,0 +1,164 @@
+"""The noun of the project: a multiplier is its table of 65,536 integer products."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Q = 256  # values of an 8-bit operand
+OPERANDS = torch.arange(-128, 128, dtype=torch.int32)
+
+
+def exact_table() -> Tensor:
+    """The true products: int32 [256, 256], entry [a + 128, b + 128] = a * b.
+
+    >>> exact_table()[3 + 128, -5 + 128].item()
+    -15
+    """
+    return OPERANDS[:, None] * OPERANDS[None, :]
+
+
+@dataclass(frozen=True, eq=False)
+class Multiplier:
+    """A signed 8-bit multiplier: what it answers for every pair of operands, and what that costs.
+
+    Treat the table as read-only; products and factors are cached by multiplier.
+
+    Args:
+        name: what assignments and result rows call it.
+        table: int32 [256, 256]; row a + 128 is the first operand (the activation), column b + 128 the
+            second (the weight), both from -128 to 127. Any integer tensor is accepted and converted.
+        power_mw: power in milliwatts, or None if unknown.
+        area_um2, delay_ns: area and critical path, or None if unknown.
+        source: where table and figures come from. It begins with ``"proxy"`` where the power is an
+            estimate (:mod:`axmoe_lite.multipliers.price`) and not a published figure.
+
+    Raises:
+        ValueError: for a table of another shape or type, or with entries beyond 32 bits.
+
+    >>> ones = Multiplier("always one", torch.ones(256, 256, dtype=torch.int32))
+    >>> ones(100, -3)
+    1
+    """
+
+    name: str
+    table: Tensor
+    power_mw: float | None = None
+    area_um2: float | None = None
+    delay_ns: float | None = None
+    source: str = "user"
+
+    def __post_init__(self) -> None:
+        table = torch.as_tensor(self.table)
+        if tuple(table.shape) != (Q, Q):
+            raise ValueError(
+                f"The table of {self.name!r} is {list(table.shape)}; a signed 8-bit multiplier has 256 x 256"
+                " products, row a + 128 for the activation a, column b + 128 for the weight b."
+            )
+        if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+            raise ValueError(f"The table of {self.name!r} is {table.dtype}; products are integers. Use torch.int32.")
+        if table.dtype == torch.int64 and int(table.abs().max()) >= 2**31:
+            raise ValueError(f"The table of {self.name!r} has products beyond 32 bits, up to {int(table.abs().max())}.")
+        object.__setattr__(self, "table", table.to(torch.int32).contiguous().clone())
+
+    def __call__(self, a: int, b: int) -> int:
+        """One product: ``a`` the activation, ``b`` the weight, both in -128..127."""
+        for name, value in (("a", a), ("b", b)):
+            if not -128 <= value <= 127:
+                raise ValueError(f"Operand {name} is {value}; a signed 8-bit operand lies in -128..127.")
+        return int(self.table[a + 128, b + 128])
+
+    def __repr__(self) -> str:
+        power = "unknown power" if self.power_mw is None else f"{self.power_mw:.3f} mW"
+        return f"Multiplier({self.name!r}, {power}, {self.source})"
+
+    @property
+    def is_proxy(self) -> bool:
+        """Whether the power is an estimate and not a published figure."""
+        return self.source.startswith("proxy")
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that change with any entry: names move between libraries, tables do not."""
+        return hashlib.sha256(self.table.numpy().astype("<i4").tobytes()).hexdigest()[:12]
+
+    def swapped(self) -> "Multiplier":
+        """The same circuit with its operands exchanged: now rows are weights. Named ``swap:...``."""
+        name = self.name.removeprefix("swap:") if self.name.startswith("swap:") else f"swap:{self.name}"
+        return replace(self, name=name, table=self.table.T)
+
+
+@dataclass(frozen=True)
+class ErrorMetrics:
+    """How far a multiplier is from the truth, error = M(a, b) - a * b, in units of the product.
+
+    Attributes:
+        mae: mean absolute error.
+        wce: worst-case absolute error.
+        ep: error probability, the share of operand pairs with a wrong product, in [0, 1].
+        mre: mean of |error| / |a * b| over the pairs whose true product is not zero (1 = 100 %).
+        mse: mean squared error.
+        mean_error: the bias, with its sign.
+        variance: mse - mean_error squared.
+    """
+
+    mae: float
+    wce: int
+    ep: float
+    mre: float
+    mse: float
+    mean_error: float
+    variance: float
+
+
+def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None = None) -> ErrorMetrics:
+    """Error metrics over all operand pairs, or over the operands that really occur.
+
+    Args:
+        multiplier: any multiplier.
+        a, b: weights of the 256 values -128..127 of each operand, [256], not negative, in any scale
+            (counts will do); None means uniform. The worst case is taken over pairs that can occur.
+
+    Raises:
+        ValueError: for a distribution of another shape, with a negative or no weight.
+
+    >>> from axmoe_lite.multipliers import multiplier
+    >>> errors(multiplier("mul8s_1KVM")).wce
+    128
+    >>> never_negative = (torch.arange(-128, 128) >= 0).double()
+    >>> errors(multiplier("mul8s_1KVM"), a=never_negative).mean_error
+    0.25
+    >>> errors(multiplier("mul8s_1KVM"), a=never_negative, b=never_negative).mean_error
+    -31.75
+    """
+    weight = _distribution("a", a)[:, None] * _distribution("b", b)[None, :]
+    exact = exact_table().double()
+    error = multiplier.table.double() - exact
+    size = error.abs()
+    defined = exact != 0
+    mass = weight[defined].sum().item()
+    mean = (weight * error).sum().item()
+    mse = (weight * error**2).sum().item()
+    return ErrorMetrics(
+        mae=(weight * size).sum().item(),
+        wce=int(size[weight > 0].max().item()),
+        ep=(weight * (error != 0)).sum().item(),
+        mre=(weight[defined] * size[defined] / exact[defined].abs()).sum().item() / mass if mass else 0.0,
+        mse=mse,
+        mean_error=mean,
+        variance=mse - mean**2,
+    )
+
+
+def _distribution(name: str, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return torch.full((Q,), 1 / Q, dtype=torch.float64)
+    weights = torch.as_tensor(weights).double()
+    if tuple(weights.shape) != (Q,):
+        raise ValueError(
+            f"The distribution of operand {name} is {list(weights.shape)}; give one weight a value, [256]."
+        )
+    if not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0 or float(weights.sum()) == 0:
+        raise ValueError(f"The distribution of operand {name} needs finite weights, none negative and not all zero.")
+    return weights / weights.sum()
