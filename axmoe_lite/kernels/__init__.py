@@ -1,0 +1,149 @@
+"""Approximate integer products: one call for matrices, one for images, whichever path computes them.
+
+    reference   the law: index the table, add. Slow and obvious; every other path must equal it bit for bit
+    factored    the same numbers by ordinary exact products of factored operands
+
+``path="auto"`` takes the factored path whenever the table's rank is small enough and the sums are
+provably exact, else the law. Letters: M x K x N the product; for images N images, C channels in, O out.
+
+Chapter: 02, "Why is an approximate product just a few exact ones?"
+"""
+
+import torch
+from torch import Tensor
+
+from axmoe_lite.kernels import factored, reference
+from axmoe_lite.multipliers import Multiplier
+
+PATHS = ("auto", "factored", "reference")
+
+
+def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") -> Tensor:
+    """Approximate matrix product: out[m, n] = sum over k of M(a[m, k], b[k, n]).
+
+    Args:
+        a: the first operands (activations), integers in -128..127, [M, K].
+        b: the second operands (weights), integers in -128..127, [K, N].
+        path: ``"auto"``, ``"factored"`` or ``"reference"``; all give the same bits.
+
+    Returns:
+        int32 [M, N].
+
+    Raises:
+        ValueError: operands that are not integers, out of range or of wrong shape; sums that could
+            leave 32 bits; ``path="factored"`` for a table whose factors no arithmetic here can sum exactly.
+
+    >>> from axmoe_lite.multipliers import multiplier
+    >>> a, b = torch.tensor([[3, 7]]), torch.tensor([[5], [2]])
+    >>> matmul(a, b, multiplier("mul8s_1KV6")), matmul(a, b, multiplier("mul8s_1L2J"))  # 3*5 + 7*2, 2*4 + 6*2
+    (tensor([[29]], dtype=torch.int32), tensor([[20]], dtype=torch.int32))
+    """
+    a, b = _operand("a", a, 2), _operand("b", b, 2)
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}; the columns of a must match the rows of b.")
+    _check_sums(a.shape[1], multiplier)
+    if _choose(path, multiplier, a.shape[1], 1, a.device) == "reference":
+        return reference.matmul(a, b, multiplier.table)
+    return factored.matmul(a, b, multiplier)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    multiplier: Multiplier,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    path: str = "auto",
+) -> Tensor:
+    """Approximate 2-D convolution, with torch's meaning of every option.
+
+    Padding is code 0, and goes through the table like any other operand: a circuit with M(0, b) != 0
+    errs at the border too.
+
+    Args:
+        x: activations, integers in -128..127, [N, C, H, W].
+        weight: integers in -128..127, [O, C / groups, KH, KW].
+        path: as in :func:`matmul`.
+
+    Returns:
+        int32 [N, O, OH, OW].
+
+    Raises:
+        ValueError: as :func:`matmul`, and for shapes, groups or a kernel that do not fit the image.
+    """
+    x, weight = _operand("x", x, 4), _operand("weight", weight, 4)
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    _check_conv_shapes(x, weight, padding, dilation, groups)
+    kernel = weight.shape[2] * weight.shape[3]
+    fan_in = weight.shape[1] * kernel
+    _check_sums(fan_in, multiplier)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if _choose(path, multiplier, fan_in, kernel, x.device) == "reference":
+        return reference.conv2d(x, weight, multiplier.table, **options)
+    return factored.conv2d(x, weight, multiplier, **options)
+
+
+def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, device: torch.device) -> str:
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; it can be {', '.join(map(repr, PATHS))}.")
+    if path == "reference":
+        return path
+    possible = factored.possible(multiplier, fan_in, together, device)
+    if path == "factored" and not possible:
+        raise ValueError(
+            f"No arithmetic here sums the factors of {multiplier.name!r} exactly at fan-in {fan_in}; use path='auto'."
+        )
+    worthwhile = possible and factored.rank(multiplier) <= factored.HIGHEST_RANK
+    return "factored" if path == "factored" or worthwhile else "reference"
+
+
+def _operand(name: str, values: Tensor, dimensions: int) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim != dimensions:
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name} is {shape}; a tensor with {dimensions} dimensions is needed.")
+    if values.dtype == torch.int8:
+        return values
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"{name} is {values.dtype}; operands are integers in -128..127. Quantise first (axmoe_lite.quant.quantise)."
+        )
+    if values.numel() and not (int(values.min()) >= -128 and int(values.max()) <= 127):
+        raise ValueError(
+            f"{name} runs from {int(values.min())} to {int(values.max())}; signed 8-bit operands lie in -128..127."
+        )
+    return values.to(torch.int8)
+
+
+def _check_sums(fan_in: int, multiplier: Multiplier) -> None:
+    largest = int(multiplier.table.abs().max())
+    if fan_in * largest >= 2**31:
+        raise ValueError(
+            f"{fan_in} products of up to {largest} ({multiplier.name!r}) can leave the 32-bit accumulator;"
+            " split the sum, or use a table with smaller products."
+        )
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+        raise ValueError(f"{name} is {value!r}; give one whole number or two, each at least {least}.")
+    return pair
+
+
+def _check_conv_shapes(
+    x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int
+) -> None:
+    channels, out, per_group = x.shape[1], weight.shape[0], weight.shape[1]
+    if groups < 1 or channels != per_group * groups or out % groups:
+        raise ValueError(
+            f"x has {channels} channels and weight is {list(weight.shape)} with groups = {groups}; weight must be"
+            " [O, C / groups, KH, KW] with O a multiple of groups."
+        )
+    for axis, name in ((0, "high"), (1, "wide")):
+        image = x.shape[2 + axis] + 2 * padding[axis]
+        kernel = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if kernel > image or kernel < 1:
+            raise ValueError(f"The kernel is {kernel} pixels {name}, the padded image only {image}.")
