@@ -260,7 +260,7 @@ def read_npz(path: Path | str) -> Images:
     if not path.exists():
         raise FileNotFoundError(f"No image set at {path}; a .npz file with the keys {', '.join(KEYS)} is needed.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive.files]
             if missing:
                 raise ValueError(f"it has no {', '.join(missing)} (its keys: {', '.join(archive.files) or 'none'})")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from axmoe_lite.datasets import Images, crop_flip
+from axmoe_lite.layers import approximate, restore
+from axmoe_lite.multipliers import EXACT, errors, multiplier
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
 PRECISIONS = ("float32", "bf16")
@@ -218,6 +221,43 @@ def evaluate(model: nn.Module, images: Images, *, batch_size: int = 250, progres
     """Top-1 accuracy on the test images, in [0, 1]."""
     guesses = predict(model, images, batch_size=batch_size, progress=progress)
     return (guesses == images.y_test.cpu()).double().mean().item()
+
+
+def resilience(
+    network: nn.Module, images: Images, names: Sequence[str], *, calibration: Tensor, progress: bool = True
+) -> list[dict]:
+    """Top-1 without retraining: the network in float32, then under each multiplier in turn.
+
+    This is AxMoE's first question (intrinsic resilience). The network is left exact, as it was.
+
+    Args:
+        names: multipliers, each given to all of :func:`axmoe_lite.layers.default_layers`.
+        calibration: normalised training images [N, C, H, W] that set the activation ranges, once for all.
+
+    Returns:
+        One dict a multiplier, ``"float32"`` first: ``multiplier``, ``digest`` of its table, ``power_mw``,
+        ``mean_error``, ``top1`` in [0, 1], ``correct`` (of the test images), ``seconds``.
+    """
+    rows = []
+    for name in tqdm(["float32", *names], desc="resilience", disable=not progress):
+        found = None if name == "float32" else multiplier(name)
+        if found is not None:
+            approximate(network, found, calibration=calibration if len(rows) == 1 else None)
+        start = time.perf_counter()
+        correct = int((predict(network, images, progress=False) == images.y_test.cpu()).sum())
+        rows.append(
+            {
+                "multiplier": name,
+                "digest": found.digest if found else "float32",
+                "power_mw": found.power_mw if found else multiplier(EXACT).power_mw,
+                "mean_error": errors(found).mean_error if found else 0.0,
+                "top1": correct / len(images.x_test),
+                "correct": correct,
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+    restore(network)
+    return rows
 
 
 # ----------------------------------------------------------------------------- checkpoints

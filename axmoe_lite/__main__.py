@@ -1,0 +1,70 @@
+"""The command line: ``axmoe book`` executes every chapter and builds the book."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from axmoe_lite import paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (0: done, 1: a chapter or the build failed)."""
+    parser = argparse.ArgumentParser(prog="axmoe", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    book = commands.add_parser("book", help="execute every chapter with papermill, then build the HTML book")
+    book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
+    chosen = parser.parse_args(arguments)
+    return build_book(scale=chosen.scale)
+
+
+def chapters() -> list[Path]:
+    """The chapters in reading order."""
+    return sorted((paths.CHECKOUT / "book").glob("[0-9][0-9]_*.ipynb"))
+
+
+def build_book(*, scale: str) -> int:
+    """Execute the chapters into ``book/_build/stage`` and build ``book/_build/html`` from there."""
+    book = paths.CHECKOUT / "book"
+    if not book.is_dir():
+        print(f"There is no book at {book}: 'axmoe book' works in a checkout of the repository.", file=sys.stderr)
+        return 1
+    stage = book / "_build" / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    # The sources that chapters include lie beside the staged book as they lie beside the real one.
+    shutil.copytree(book, stage / "book", ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
+    shutil.copytree(paths.CHECKOUT / "axmoe_lite", stage / "axmoe_lite", ignore=shutil.ignore_patterns("__pycache__"))
+    for chapter in chapters():
+        status = _execute(chapter, stage / "book" / chapter.name, scale=scale)
+        if status:
+            return status
+    return _build_pages(stage / "book", book / "_build")
+
+
+def _execute(chapter: Path, output: Path, *, scale: str) -> int:
+    command = [sys.executable, "-m", "papermill", str(chapter), str(output), "-p", "scale", scale]
+    command += ["--execution-timeout", "3600", "--no-log-output", "--progress-bar"]
+    print(f"== {chapter.name} ({scale})", flush=True)
+    status = subprocess.run(command, env={**os.environ, "AXMOE_BOOK": "1"}, check=False).returncode
+    if status:
+        print(f"{chapter.name} failed; the executed part is in {output}", file=sys.stderr)
+    return 1 if status else 0
+
+
+def _build_pages(stage: Path, build: Path) -> int:
+    from axmoe_lite import plots
+
+    (stage / "assets").mkdir(exist_ok=True)
+    (stage / "assets" / "vega.js").write_text(plots.javascript_bundle())
+    command = [sys.executable, "-m", "jupyter_book", "build", str(stage), "--path-output", str(build.parent)]
+    status = subprocess.run([*command, "--all", "-W", "--keep-going"], check=False).returncode
+    if status:
+        return 1
+    print(f"The book is at {build / 'html' / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+
+from axmoe_lite import datasets
+
+
+@pytest.fixture
+def draw():
+    """draw(shape): random int8 operands from the whole range, the same at every run."""
+    generator = torch.Generator().manual_seed(20260505)
+    return lambda *shape: torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+
+
+@pytest.fixture(scope="session")
+def textures():
+    """A small image set that can be learned in seconds: 4 classes of 16 x 16 textures."""
+    return datasets.synthetic(classes=4, size=16, n_train=256, n_test=64, seed=1)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """AXMOE_HOME points into a temporary folder: nothing in the checkout is touched."""
+    monkeypatch.setenv("AXMOE_HOME", str(tmp_path))
+    return tmp_path
