@@ -14,7 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: a chapter or the build failed)."""
     parser = argparse.ArgumentParser(prog="axmoe", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    book = commands.add_parser("book", help="execute every chapter with papermill, then build the HTML book")
+    book = commands.add_parser(
+        "book", help="execute every chapter with papermill, then build the HTML book", allow_abbrev=False
+    )
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
     chosen = parser.parse_args(arguments)
     return build_book(scale=chosen.scale)

@@ -14,20 +14,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
-STAIRCASE = "paths multipliers factors kernels quant layers models datasets train runs plots __main__".split()  # noqa: SIM905
-    "paths",
-    "multipliers",
-    "factors",
-    "kernels",
-    "quant",
-    "layers",
-    "models",
-    "datasets",
-    "train",
-    "runs",
-    "plots",
-    "__main__",
-]
+STAIRCASE = (
+    "paths multipliers factors kernels quant layers models datasets train runs plots __main__".split()  # noqa: SIM905
+)
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
 
