@@ -60,7 +60,13 @@ def _build_pages(stage: Path, build: Path) -> int:
 
     (stage / "assets").mkdir(exist_ok=True)
     (stage / "assets" / "vega.js").write_text(plots.javascript_bundle())
-    command = [sys.executable, "-m", "jupyter_book", "build", str(stage), "--path-output", str(build.parent)]
+    command = [
+        str(Path(sys.executable).with_name("jupyter-book")),
+        "build",
+        str(stage),
+        "--path-output",
+        str(build.parent),
+    ]
     status = subprocess.run([*command, "--all", "-W", "--keep-going"], check=False).returncode
     if status:
         return 1

@@ -17,7 +17,8 @@ Chapter: 03, "What happens to a network?"
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -342,6 +343,18 @@ def _place(network: nn.Module, before: dict[str, nn.Module], after: dict[str, nn
                 parent._modules[key] = new
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode for a while; then each of its modules in the mode it had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def _calibrate(
     network: nn.Module,
@@ -355,15 +368,23 @@ def _calibrate(
             f"Layer {next(iter(layers))!r} has no activation scale yet; pass calibration=images, a batch as the"
             " network expects it."
         )
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"calibration is a {type(batches).__name__}; give a batch as the network expects it, or several."
+        )
     device = next(network.parameters()).device
-    mode = network.training
-    network.eval()
+    watched = {n: m for n, m in approximable(network).items() if isinstance(m, _Approximate)}
+    for name, layer in watched.items():
+        layer.histogram = quant.Histogram(name)
     try:
-        for name, layer in approximable(network).items():
-            if isinstance(layer, _Approximate):
-                layer.histogram = quant.Histogram(name)
-        for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
-            network(batch.to(device))
+        with evaluating(network):
+            for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
+                if not isinstance(batch, Tensor) or batch.dtype == torch.uint8:
+                    kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+                    raise ValueError(
+                        f"Calibration met {kind}; give what the network takes, such as images.normalised(x)."
+                    )
+                network(batch.to(device))
         for name, layer in layers.items():
             if not layer.histogram.counts.sum():
                 raise ValueError(
@@ -372,7 +393,5 @@ def _calibrate(
                 )
             layer.scale_x.copy_(layer.histogram.scale(method, percentile=percentile))
     finally:
-        for layer in approximable(network).values():
-            if isinstance(layer, _Approximate):
-                layer.histogram = None
-        network.train(mode)
+        for layer in watched.values():
+            layer.histogram = None

@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, errors, exact_table, multiplier, proxy_power_mw
+from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, PAPER_EIGHT, errors, exact_table, multiplier, proxy_power_mw
 from axmoe_lite.multipliers.price import array_columns, full_adders
 from axmoe_lite.multipliers.published import PUBLISHED
 from axmoe_lite.runs import EVIDENCE
@@ -78,7 +78,6 @@ def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
 alt.renderers.register("axmoe", _html)
 alt.renderers.enable("axmoe")
 alt.data_transformers.disable_max_rows()
-alt.data_transformers.consolidate_datasets = False  # it would lose the format of CSV data
 
 
 # ------------------------------------------------------------- what a multiplier gets wrong
@@ -120,7 +119,9 @@ def broken_array_explorer() -> alt.VConcatChart:
             x2="x2:Q",
             y=alt.Y("y:Q", title="weight b", scale=alt.Scale(domain=[-128, 128], nice=False)),
             y2="y2:Q",
-            color=alt.Color("error:Q", title="error", scale=SIGNED, legend=alt.Legend(gradientLength=180)),
+            color=alt.Color(
+                "error:Q", title="error", scale=SIGNED, legend=alt.Legend(orient="bottom", gradientLength=250)
+            ),
             tooltip=[
                 alt.Tooltip("x:Q", title="a from"),
                 alt.Tooltip("y:Q", title="b from"),
@@ -135,14 +136,14 @@ def broken_array_explorer() -> alt.VConcatChart:
         "mean |error|": "format(datum.mae,'.1f')",
         "worst |error|": "format(datum.wce,'d')",
         "mean error (bias)": "format(datum.bias,'+.2f')",
-        "bias for a, b ≥ 0": "format(datum.positive,'+.2f')",
+        "bias for a ≥ 0": "format(datum.positive,'+.2f')",
         "wrong products": "format(datum.wrong,'.1%')",
     }
     figures = (
         pairs.transform_calculate(
             size="abs(datum.error)",
             wrong="datum.error!=0?1:0",
-            positive="datum.a>=0&&datum.b>=0?datum.error*4:0",
+            positive="datum.a>=0?datum.error*2:0",
         )
         .transform_aggregate(
             mae="mean(size)", wce="max(size)", bias="mean(error)", positive="mean(positive)", wrong="mean(wrong)"
@@ -174,8 +175,9 @@ def error_maps(names: list[str]) -> alt.ConcatChart:
     Each map has its own colour range, in parts of its largest cell, so that the pattern shows; how large
     that is stands above it.
     """
-    side = 8
-    maps = []
+    side, maps = 8, []
+    numbers = alt.CsvDataFormat(type="csv", parse=dict.fromkeys(("a", "b", "share"), "number"))
+    axis = alt.Axis(values=[-128, 0, 127], grid=False)
     for name in names:
         table = (multiplier(name).table - exact_table()).double()
         means = table.unflatten(0, (-1, side)).unflatten(2, (-1, side)).mean((1, 3))
@@ -184,13 +186,13 @@ def error_maps(names: list[str]) -> alt.ConcatChart:
         # Text in CSV is a tenth of the same as JSON objects.
         text = "\n".join(["a,b,share", *(f"{a},{b},{v / (top or 1):.3g}" for a, b, v in cells)])
         maps.append(
-            alt.Chart(alt.InlineData(values=text, format=alt.CsvDataFormat()))
+            alt.Chart(alt.InlineData(values=text, format=numbers))
             .transform_calculate(a2=f"datum.a+{side}", b2=f"datum.b+{side}")
             .mark_rect()
             .encode(
-                x=alt.X("a:Q", title="activation a", axis=alt.Axis(values=[-128, 0, 127])),
+                x=alt.X("a:Q", title="activation a", axis=axis, scale=alt.Scale(domain=[-128, 128], nice=False)),
                 x2="a2:Q",
-                y=alt.Y("b:Q", title="weight b", axis=alt.Axis(values=[-128, 0, 127])),
+                y=alt.Y("b:Q", title="weight b", axis=axis, scale=alt.Scale(domain=[-128, 128], nice=False)),
                 y2="b2:Q",
                 color=alt.Color(
                     "share:Q",
@@ -201,7 +203,7 @@ def error_maps(names: list[str]) -> alt.ConcatChart:
             )
             .properties(width=160, height=160, title=alt.Title(name, subtitle=f"up to {top:.0f}", fontSize=13))
         )
-    return alt.concat(*maps, columns=3).resolve_scale(color="shared")
+    return alt.concat(*maps, columns=3, spacing=8).resolve_scale(color="shared")
 
 
 def power_error_front() -> alt.LayerChart:
@@ -343,6 +345,8 @@ def number_grid(values: list[list[int]], *, title: str, low: int, high: int) -> 
 def resilience(rows: list[dict]) -> alt.LayerChart:
     """Top-1 against power for the multipliers of one or several runs, each run named with its evidence.
 
+    The eight multipliers of AxMoE are filled marks, the others hollow.
+
     Args:
         rows: as :func:`axmoe_lite.runs.read` returns them, or as they are given to ``record``.
 
@@ -357,7 +361,8 @@ def resilience(rows: list[dict]) -> alt.LayerChart:
     table["run"] = [
         f"{r.dataset}, {r.n_test} images, {r.epochs} epochs, seed {r.seed} ({r.scale})" for r in table.itertuples()
     ]
-    table["short"] = table["multiplier"].str.removeprefix("mul8s_1")
+    table["short"] = table["multiplier"].str.replace("mul8s_1", "")
+    table["paper"] = table["multiplier"].isin(PAPER_EIGHT)
     exact = table[table.multiplier == "float32"]
     base = alt.Chart(table[table.multiplier != "float32"]).encode(
         x=alt.X("power_mw:Q", title="power of one multiplier (mW, PDK45)"),
@@ -367,8 +372,10 @@ def resilience(rows: list[dict]) -> alt.LayerChart:
     pick = alt.selection_point(fields=["run"], bind="legend")
     shown = alt.condition(pick, alt.value(1), alt.value(0.12))
     evidence = [alt.Tooltip(c) for c in ("multiplier", "dataset", "n_test", "seed", "epochs", "device", "commit")]
-    points = base.mark_point(size=80, filled=True).encode(
+    points = base.mark_point(size=80).encode(
         shape=alt.Shape("run:N", title=None),
+        fill=alt.Fill("run:N", title=None),
+        fillOpacity=alt.condition("datum.paper", alt.value(1), alt.value(0)),
         opacity=shown,
         tooltip=[alt.Tooltip("top1:Q", format=".2%"), alt.Tooltip("mean_error:Q", title="bias"), *evidence],
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from axmoe_lite.datasets import Images, crop_flip
-from axmoe_lite.layers import approximate, restore
+from axmoe_lite.layers import approximate, evaluating, restore
 from axmoe_lite.multipliers import EXACT, errors, multiplier
 
 AUGMENTATIONS = ("crop_flip", "crop", "none")
@@ -90,6 +90,7 @@ def fit(
     }
     device = next(model.parameters()).device
     images = images.to(device)
+    _check_fits(model, images)
     optimiser = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
@@ -141,6 +142,25 @@ def _check_options(epochs: int, lr: float, batch_size: int, augment: str, precis
     for name, value, allowed in (("augment", augment, AUGMENTATIONS), ("precision", precision, PRECISIONS)):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, allowed))}.")
+
+
+@torch.inference_mode()
+def _check_fits(model: nn.Module, images: Images) -> None:
+    """One image through the model, so that a mismatch is a clear error before any work."""
+    device = next(model.parameters()).device
+    shape, classes = list(images.x_test.shape[1:]), len(images.classes)
+    try:
+        with evaluating(model):
+            scores = model(images.normalised(images.x_test[:1].to(device)))
+    except RuntimeError as reason:
+        raise ValueError(
+            f"This {type(model).__name__} cannot take images of {shape} ({images.name}): {reason}"
+        ) from reason
+    if list(scores.shape) != [1, classes]:
+        raise ValueError(
+            f"This {type(model).__name__} answers with {list(scores.shape)} for one image; {images.name} has"
+            f" {classes} classes, so [1, {classes}] is needed. Build the model with classes={classes}."
+        )
 
 
 def _one_epoch(
@@ -203,17 +223,14 @@ def schedule(step: int, *, steps: int, warmup: int) -> float:
 def predict(model: nn.Module, images: Images, *, batch_size: int = 250, progress: bool = True) -> Tensor:
     """The class of the highest score for each test image: int64 [N], on the CPU.
 
-    The model is put in evaluation mode for the call and back into its own mode after it.
+    The model is in evaluation mode during the call, and each of its modules in its own mode after it.
     """
-    device, mode = next(model.parameters()).device, model.training
-    model.eval()
-    guesses = []
-    try:
+    _check_fits(model, images)
+    device, guesses = next(model.parameters()).device, []
+    with evaluating(model):
         for x in tqdm(images.x_test.split(batch_size), desc="predict", leave=False, disable=not progress):
             x = images.normalised(x.to(device)).contiguous(memory_format=torch.channels_last)
             guesses.append(model(x).argmax(1).cpu())
-    finally:
-        model.train(mode)
     return torch.cat(guesses)
 
 

@@ -214,9 +214,11 @@ def test_calibration_in_batches_equals_one_batch(net, x):
 
 def test_calibration_leaves_the_mode_and_the_statistics_alone(textures):
     network = models.resnet8(classes=4).train()
+    network.layer1.eval()  # a part that the user froze stays frozen
     statistics = network.bn1.running_mean.clone()
     approximate(network, EXACT, calibration=textures.normalised(textures.x_train[:20]))
-    assert network.training and network.conv1.training and torch.equal(network.bn1.running_mean, statistics)
+    assert network.training and network.conv1.training and not network.layer1[0].conv1.training
+    assert not network.layer1[0].bn1.training and torch.equal(network.bn1.running_mean, statistics)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,10 @@ def test_bad_calibration_is_refused_and_undone(net, x):
         approximate(net, EXACT, calibration=[])
     with pytest.raises(ValueError, match="'0' has no activation scale yet"):
         approximate(net, EXACT)
+    with pytest.raises(ValueError, match=r"met torch\.uint8; give what the network takes"):
+        approximate(net, EXACT, calibration=torch.zeros(2, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="calibration is a int"):
+        approximate(net, EXACT, calibration=5)
     with pytest.raises(ValueError, match="'minmax'"):
         approximate(net, EXACT, calibration=x, method="minmax")
     assert assignment_of(net) == {} and type(net[0]) is nn.Conv2d

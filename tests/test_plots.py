@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import vl_convert
 
 from axmoe_lite import EVOAPPROX, errors, multiplier, plots, runs
@@ -46,6 +47,8 @@ def test_the_explorers_expressions_give_the_real_multiplier():
         assert f"mean |error|:  {found.mae:.1f}" in texts
         assert f"worst |error|:  {found.wce}" in texts
         assert f"mean error (bias):  {found.mean_error:+.2f}".replace("-", "\N{MINUS SIGN}") in texts
+        positive = errors(multiplier(name), a=(torch.arange(-128, 128) >= 0).double()).mean_error
+        assert f"bias for a ≥ 0:  {positive:+.2f}".replace("-", "\N{MINUS SIGN}") in texts
         share = multiplier(name).power_mw / multiplier("mul8s_1KV6").power_mw
         assert any(f"{share:.0%} of the exact" in text for text in texts)
 

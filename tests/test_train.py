@@ -93,6 +93,14 @@ def test_bad_options_are_refused_before_any_work(network, textures, option, prob
     assert same(before, weights(network))
 
 
+def test_a_network_that_does_not_fit_is_refused_before_any_work(textures):
+    for call in (lambda n: train.fit(n, textures, epochs=1), lambda n: train.evaluate(n, textures)):
+        with pytest.raises(ValueError, match=r"answers with \[1, 9\].*classes=4"):
+            call(models.resnet8(classes=9))
+        with pytest.raises(ValueError, match=r"cannot take images of \[3, 16, 16\] \(synthetic\)"):
+            call(torch.nn.Conv2d(1, 4, 3))
+
+
 def test_divergence_is_said_and_the_checkpoint_survives(network, textures, tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(FloatingPointError, match="lower lr"):
@@ -109,8 +117,9 @@ def test_schedule_by_hand():
 
 def test_predict_keeps_the_mode_and_does_not_depend_on_the_batch(network, textures):
     network.train()
+    network.bn1.eval()  # a part that the user froze stays frozen
     one, other = (train.predict(network, textures, batch_size=n, progress=False) for n in (7, 64))
-    assert network.training and torch.equal(one, other) and one.shape == (64,)
+    assert network.training and not network.bn1.training and torch.equal(one, other) and one.shape == (64,)
     accuracy = (one == textures.y_test).float().mean().item()
     assert train.evaluate(network, textures, progress=False) == pytest.approx(accuracy)
 

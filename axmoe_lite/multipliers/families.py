@@ -38,9 +38,7 @@ def broken_array(drop_a: int = 0, drop_b: int = 0, drop_columns: int = 0) -> Mul
     """
     for name, value, most in (("drop_a", drop_a, 8), ("drop_b", drop_b, 8), ("drop_columns", drop_columns, 15)):
         _check("broken_array", name, value, 0, most)
-    kept = _kept_cells(drop_a, drop_b, drop_columns)
-    bits = _bits(OPERANDS) * BIT_WEIGHTS
-    table = bits @ kept @ bits.T
+    table = array_products(drop_a, drop_b, drop_columns)
     for published in PUBLISHED:
         if published.drops == (drop_a, drop_b, drop_columns):
             return Multiplier(
@@ -53,6 +51,14 @@ def broken_array(drop_a: int = 0, drop_b: int = 0, drop_columns: int = 0) -> Mul
             )
     adders = full_adders(array_columns(drop_a, drop_b, drop_columns))
     return _proxied(f"broken_array({drop_a},{drop_b},{drop_columns})", table, adders)
+
+
+def array_products(drop_a: int, drop_b: int, drop_columns: int) -> Tensor:
+    """The sum of :func:`broken_array` for all operands at once: int32 [256, 256]."""
+    i, j = torch.arange(8)[:, None], torch.arange(8)[None, :]
+    kept = (i >= drop_a) & (j >= drop_b) & (i + j >= drop_columns)
+    bits = _bits(OPERANDS) * BIT_WEIGHTS  # [256, 8]: w_i a_i
+    return bits @ kept.int() @ bits.T
 
 
 def truncation(bits: int) -> Multiplier:
@@ -178,11 +184,6 @@ def _check(family: str, name: str, value: int, least: int, most: int) -> None:
 def _proxied(name: str, table: Tensor, adders: float) -> Multiplier:
     source = f"proxy: {adders:.0f} full-adder equivalents"
     return Multiplier(name, table, power_mw=proxy_power_mw(adders), source=source)
-
-
-def _kept_cells(drop_a: int, drop_b: int, drop_columns: int) -> Tensor:
-    i, j = torch.arange(8)[:, None], torch.arange(8)[None, :]
-    return ((i >= drop_a) & (j >= drop_b) & (i + j >= drop_columns)).int()
 
 
 def _bits(values: Tensor) -> Tensor:
