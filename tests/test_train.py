@@ -40,6 +40,16 @@ def test_the_same_call_gives_the_same_numbers(textures):
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
+def test_every_epoch_of_every_seed_draws_afresh(network, textures, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train, "_one_epoch", lambda *_, generator, **__: seen.append(generator.initial_seed()) or (1, 0)
+    )
+    for seed in (0, 1, 2):
+        train.fit(network, textures, epochs=4, seed=seed, progress=False)
+    assert len(seen) == len(set(seen)) == 12
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_killed_run_resumes_bit_for_bit(textures, tmp_path, monkeypatch, precision):
     call = {"epochs": 3, "batch_size": 64, "precision": precision, "progress": False}
