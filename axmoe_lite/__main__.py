@@ -1,6 +1,7 @@
 """The command line: ``axmoe book`` executes every chapter and builds the book."""
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 from axmoe_lite import paths
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +55,20 @@ def _execute(chapter: Path, output: Path, *, scale: str) -> int:
     status = subprocess.run(command, env={**os.environ, "AXMOE_BOOK": "1"}, check=False).returncode
     if status:
         print(f"{chapter.name} failed; the executed part is in {output}", file=sys.stderr)
-    return 1 if status else 0
+        return 1
+    _drop_widgets(output)
+    return 0
+
+
+def _drop_widgets(notebook: Path) -> None:
+    """Progress bars are live widgets; a page that held one would ask the network for the code to draw it."""
+    content = json.loads(notebook.read_text())
+    content["metadata"].pop("widgets", None)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            is_widget = [WIDGET in output.get("data", {}) for output in cell["outputs"]]
+            cell["outputs"] = [o for o, widget in zip(cell["outputs"], is_widget, strict=True) if not widget]
+    notebook.write_text(json.dumps(content, indent=1))
 
 
 def _build_pages(stage: Path, build: Path) -> int:

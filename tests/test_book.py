@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from axmoe_lite.__main__ import chapters, main
+from axmoe_lite.__main__ import WIDGET, _drop_widgets, chapters, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +35,16 @@ def test_the_network_chapter_runs_on_another_image_set(tmp_path):
     notebook = papermill(chapters()[2], tmp_path / "out.ipynb", *parameters, home=tmp_path)
     assert "synthetic, 500 images, 3 epochs, seed 0 (quick)" in shown(notebook)
     assert (tmp_path / "data" / "cache" / "results" / "resilience_resnet20_synthetic.csv").exists()
+
+
+def test_pages_keep_no_widget(tmp_path):
+    view = {"output_type": "display_data", "metadata": {}, "data": {WIDGET: {"model_id": "1"}, "text/plain": "bar"}}
+    text = {"output_type": "stream", "name": "stdout", "text": "kept"}
+    path = tmp_path / "chapter.ipynb"
+    cell = {"cell_type": "code", "source": "", "metadata": {}, "execution_count": 1, "outputs": [view, text]}
+    path.write_text(json.dumps({"cells": [cell], "metadata": {"widgets": {"state": {}}}}))
+    _drop_widgets(path)
+    assert json.loads(path.read_text()) == {"cells": [{**cell, "outputs": [text]}], "metadata": {}}
 
 
 def test_papermill_prints_a_help_for_every_parameter():
