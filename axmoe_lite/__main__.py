@@ -38,19 +38,17 @@ def build_book(*, scale: str) -> int:
         return 1
     stage = book / "_build" / "stage"
     shutil.rmtree(stage, ignore_errors=True)
-    # The sources that chapters include lie beside the staged book as they lie beside the real one.
-    shutil.copytree(book, stage / "book", ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
-    shutil.copytree(paths.CHECKOUT / "axmoe_lite", stage / "axmoe_lite", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(book, stage, ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
     for chapter in chapters():
-        status = _execute(chapter, stage / "book" / chapter.name, scale=scale)
-        if status:
+        if status := _execute(chapter, stage / chapter.name, scale=scale):
             return status
-    return _build_pages(stage / "book", book / "_build")
+    return _build_pages(stage, book / "_build")
 
 
 def _execute(chapter: Path, output: Path, *, scale: str) -> int:
     command = [sys.executable, "-m", "papermill", str(chapter), str(output), "-p", "scale", scale]
-    command += ["--execution-timeout", "3600", "--no-log-output", "--progress-bar"]
+    # A cell that hangs should not hang the build; at paper scale one cell trains for hours.
+    command += ["--execution-timeout", "1800"] if scale == "quick" else []
     print(f"== {chapter.name} ({scale})", flush=True)
     status = subprocess.run(command, env={**os.environ, "AXMOE_BOOK": "1"}, check=False).returncode
     if status:

@@ -78,7 +78,7 @@ def factorise(multiplier: Multiplier) -> Factors:
     (3, 2)
     """
     if multiplier not in _found:
-        factors = _mask_factors(multiplier.table) or _lattice_factors(multiplier.table)
+        factors = mask_factors(multiplier.table) or _lattice_factors(multiplier.table)
         _verify(multiplier, factors)
         _found[multiplier] = factors
     return _found[multiplier]
@@ -97,7 +97,7 @@ def _verify(multiplier: Multiplier, factors: Factors) -> None:
 # ------------------------------------------------------------------- arrays: eight bits by eight
 
 
-def _mask_factors(table: Tensor) -> Factors | None:
+def mask_factors(table: Tensor) -> Factors | None:
     """Terms (a & p)(b & q) of a table that is a sum of bit products with weights 0 or 1, else None."""
     single = torch.tensor([1, 2, 4, 8, 16, 32, 64, -128])
     cells = table[single + 128][:, single + 128]

@@ -1,19 +1,23 @@
 """The book's figures: one Altair theme, and charts that draw with the network off.
 
-A chart is shown as a ``<div>`` and a call of ``vegaEmbed``. Vega itself comes once: with the book (a
-script beside the pages), or, in a live notebook, inside the first chart that is shown.
+A chart is shown as a ``<div>`` and a call of ``vegaEmbed``. Vega itself comes with the book (one script beside
+the pages), or, in a live notebook, inside every chart, so that each draws whichever cell ran first.
 
 Chapters: 01 to 03.
 """
 
+import ast
+import inspect
 import itertools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import altair as alt
 import pandas as pd
 import vl_convert
+from IPython.display import Code
 
 from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, PAPER_EIGHT, errors, exact_table, multiplier, proxy_power_mw
 from axmoe_lite.multipliers.price import array_columns, full_adders
@@ -67,7 +71,8 @@ def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
     text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
     bundle = ""
     if not os.environ.get("AXMOE_BOOK"):
-        script = javascript_bundle().replace("</", "<\\/")
+        # Only where it would end the script: Vega's code also holds regular expressions such as /</.
+        script = javascript_bundle().replace("</script", "<\\/script")
         bundle = f"if(!window.vegaEmbed){{{script}}}"
     draw = f'vegaEmbed("#{name}",{text},{{"actions":{{"export":true,"source":false,"compiled":false,"editor":false}}}})'
     show = f'{draw}.catch(e=>{{document.getElementById("{name}").textContent="This chart failed: "+e}})'
@@ -78,6 +83,15 @@ def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
 alt.renderers.register("axmoe", _html)
 alt.renderers.enable("axmoe")
 alt.data_transformers.disable_max_rows()
+
+
+def source(function: Callable[..., Any]) -> Code:
+    """The text of a function of the package, without its docstring, for a chapter that explains it."""
+    lines = inspect.getsource(function).splitlines()
+    body = ast.parse("\n".join(lines)).body[0].body
+    if ast.get_docstring(ast.parse("\n".join(lines)).body[0]):
+        del lines[body[0].lineno - 1 : body[0].end_lineno]
+    return Code("\n".join(lines), language="python")
 
 
 # ------------------------------------------------------------- what a multiplier gets wrong
@@ -363,9 +377,8 @@ def resilience(rows: list[dict]) -> alt.LayerChart:
     ]
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
     table["paper"] = table["multiplier"].isin(PAPER_EIGHT)
-    table["side"] = (
-        table["short"].map({"KV6": "right", "KV9": "below", "KVP": "below", "swap:KVM": "below"}).fillna("above")
-    )
+    sides = {"KV6": "right", "swap:KVM": "left", "KV9": "below", "KVP": "below"}  # of the mark, where labels would meet
+    table["side"] = table["short"].map(sides).fillna("above")
     exact = table[table.multiplier == "float32"]
     base = alt.Chart(table[table.multiplier != "float32"]).encode(
         x=alt.X("power_mw:Q", title="power of one multiplier (mW, PDK45)"),
@@ -384,9 +397,9 @@ def resilience(rows: list[dict]) -> alt.LayerChart:
     )
     labels = base.mark_text(
         fontSize=11,
-        align=alt.ExprRef("datum.side=='right'?'left':'center'"),
-        dx=alt.ExprRef("datum.side=='right'?5:0"),
-        dy=alt.ExprRef("datum.side=='right'?9:datum.side=='below'?14:-11"),
+        align=alt.ExprRef("{right:'left',left:'right'}[datum.side]||'center'"),
+        dx=alt.ExprRef("{right:5,left:-9}[datum.side]||0"),
+        dy=alt.ExprRef("{right:9,left:1,below:14}[datum.side]||-11"),
     ).encode(text="short:N", opacity=shown)
     rule = (
         alt.Chart(exact)

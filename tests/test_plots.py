@@ -64,8 +64,15 @@ def test_one_bundle_in_a_live_notebook_and_none_in_the_book(monkeypatch):
     monkeypatch.delenv("AXMOE_BOOK", raising=False)
     live = plots._html(spec)["text/html"]
     assert len(live) > 500_000 and live.count("</script>") == 1, "no text in it may close the script early"
+    # Vega's code must arrive unchanged: it holds regular expressions such as /</ that a blunt escape would break.
+    assert plots.javascript_bundle().replace("</script", "<\\/script") in live
     monkeypatch.setenv("AXMOE_BOOK", "1")
     assert len(plots._html(spec)["text/html"]) < 5_000
+
+
+def test_source_shows_code_without_its_docstring():
+    shown = plots.source(errors).data
+    assert shown.startswith("def errors(") and '"""' not in shown and "mean = (weight * error).sum().item()" in shown
 
 
 def test_every_chart_has_its_own_place(monkeypatch):
