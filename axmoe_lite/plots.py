@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +68,12 @@ def javascript_bundle() -> str:
 
 def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
     """Altair's renderer: a div, the chart's description, and the call that fills the div."""
-    name = f"axmoe-chart-{next(_numbers)}"
+    in_book = bool(os.environ.get("AXMOE_BOOK"))
+    # Pages are the same at every build; but two live notebooks share one browser page, and must not share names.
+    name = f"axmoe-chart-{next(_numbers) if in_book else uuid.uuid4().hex}"
     text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
     bundle = ""
-    if not os.environ.get("AXMOE_BOOK"):
+    if not in_book:
         # Only where it would end the script: Vega's code also holds regular expressions such as /</.
         script = javascript_bundle().replace("</script", "<\\/script")
         bundle = f"if(!window.vegaEmbed){{{script}}}"
