@@ -19,6 +19,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ Assignment = str | Multiplier | dict[str, str | Multiplier]
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, layer: "ApproxConv2d") -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, layer: "ApproxConv2d") -> Tensor:
         codes, weight_codes = quant.quantise(x, scale_x), quant.quantise(weight, scale_w.view(-1, 1, 1, 1))
         options = {
             "stride": layer.stride,
@@ -46,7 +47,7 @@ class _Conv2d(torch.autograd.Function):
         return sums.float().mul_(scale_x).mul_(scale_w.view(-1, 1, 1))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, weight_codes, inside, scale_x, scale_w = ctx.saved_tensors
         x = quant.dequantise(codes, scale_x)
         weight = quant.dequantise(weight_codes, scale_w.view(-1, 1, 1, 1))
@@ -71,7 +72,7 @@ class _Conv2d(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, layer: "ApproxLinear") -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, layer: "ApproxLinear") -> Tensor:
         codes, weight_codes = quant.quantise(x, scale_x), quant.quantise(weight, scale_w.view(-1, 1))
         sums = kernels.matmul(codes.flatten(0, -2), weight_codes.T, layer.multiplier).unflatten(0, x.shape[:-1])
         if any(ctx.needs_input_grad[:2]):
@@ -80,7 +81,7 @@ class _Linear(torch.autograd.Function):
         return sums.float().mul_(scale_x).mul_(scale_w)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, weight_codes, inside, scale_x, scale_w = ctx.saved_tensors
         grad, grad_x, grad_weight = grad.float(), None, None
         if ctx.needs_input_grad[0]:

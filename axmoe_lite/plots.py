@@ -20,6 +20,7 @@ import pandas as pd
 import vl_convert
 from IPython.display import Code
 
+from axmoe_lite.factors import factorise
 from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, PAPER_EIGHT, errors, exact_table, multiplier, proxy_power_mw
 from axmoe_lite.multipliers.price import array_columns, full_adders
 from axmoe_lite.multipliers.published import PUBLISHED
@@ -307,8 +308,6 @@ def kept_cells(names: list[str]) -> alt.Chart:
 
     White cells are left out of the circuit. A menu picks the circuit.
     """
-    from axmoe_lite.factors import factorise
-
     rows = []
     for name in names:
         masks = factorise(multiplier(name)).masks

@@ -10,6 +10,8 @@ order in which integer pipelines do it, and the two differ in rare bits.
 Chapter: 03, "What happens to a network?"
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def quantise(x: Tensor, scale: Tensor | float) -> Tensor:
     Args:
         x: floats of any shape.
         scale: positive, one number or a tensor that broadcasts against x (one scale per channel).
+
+    NaN has no code and is not looked for here, for speed; calibration refuses it.
 
     >>> quantise(torch.tensor([0.24, -9.0, 0.06]), 0.1)
     tensor([  2, -90,   1], dtype=torch.int8)
@@ -38,12 +42,12 @@ def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:
 
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(within(x, scale))
         return dequantise(quantise(x, scale), scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None
 

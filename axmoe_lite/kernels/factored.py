@@ -16,6 +16,7 @@ HIGHEST_RANK = 16  # more terms than this cost more than looking the products up
 
 
 def rank(multiplier: Multiplier) -> int:
+    """How many exact products one approximate product takes."""
     return factorise(multiplier).rank
 
 
@@ -53,18 +54,19 @@ def conv2d(
 ) -> Tensor:
     """int8 [N, C, H, W] and [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
     factors = factorise(multiplier)
-    n, out, per_group, kernel = len(x), len(weight), weight.shape[1], weight.shape[2:]
-    if any(padding) and (factors.masks is None):
+    per_group, kernel = weight.shape[1], weight.shape[2:]
+    if any(padding) and factors.masks is None:
         # u_r(0) need not be 0, so the border must be made of codes before it is made of factors.
         x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         padding = (0, 0)
     if factors.rank == 0:
-        exact = torch.nn.functional.conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
-        return torch.zeros_like(exact, dtype=torch.int32)
+        shapes = (t.to("meta", torch.float32) for t in (x, weight))  # only the shape of the result is wanted
+        shape = torch.nn.functional.conv2d(*shapes, None, stride, padding, dilation, groups).shape
+        return torch.zeros(shape, dtype=torch.int32, device=x.device)
     arithmetic = _arithmetic(factors, per_group * kernel.numel(), kernel.numel(), x.device)
     dtype = getattr(torch, arithmetic.name)
     step = max(1, arithmetic.chunk // kernel.numel())  # channels of each group in one go
-    total = None
+    total: Tensor | None = None
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, per_group, step):
             part = slice(start, start + step)
@@ -74,7 +76,6 @@ def conv2d(
             right = _terms(weight[:, part], factors, "v", dtype, axis=1)  # [O, R c, KH, KW]
             sums = torch.nn.functional.conv2d(left, right, None, stride, padding, dilation, groups)
             total = sums.to(torch.int32) if total is None else total.add_(sums.to(torch.int32))
-    assert total is not None and total.shape[:2] == (n, out)
     return total
 
 
