@@ -15,6 +15,7 @@ Chapter: 02, "Why is an approximate product just a few exact ones?"
 
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,6 +50,11 @@ class Factors:
     @property
     def rank(self) -> int:
         return len(self.u)
+
+    @cached_property
+    def largest(self) -> tuple[list[int], list[int]]:
+        """max |u_r| and max |v_r| of each term: what the proofs of exactness rest on."""
+        return tuple([int(abs(row).max()) for row in side] for side in (self.u, self.v))
 
     def __repr__(self) -> str:
         if self.masks is None:
@@ -272,7 +278,7 @@ def exact_arithmetic(
     """
     if fan_in < 1:
         raise ValueError(f"The fan-in is {fan_in}; a sum needs at least 1 product.")
-    most_u, most_v = ([int(abs(f).max()) for f in side] for side in (factors.u, factors.v))
+    most_u, most_v = factors.largest
     pair = max(1, sum(a * b for a, b in zip(most_u, most_v, strict=True)))
     largest = max([1, *most_u, *most_v])
     for name in available:

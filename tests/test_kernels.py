@@ -224,6 +224,9 @@ def test_sums_that_could_leave_32_bits_are_refused(draw):
     with pytest.raises(ValueError, match="32-bit accumulator"):
         matmul(draw(1, 2), draw(2, 1), huge)
     assert matmul(draw(1, 1), draw(1, 1), huge).item() == 2**30
+    lowest = Multiplier("lowest", torch.full((256, 256), -(2**31), dtype=torch.int32))  # its magnitude wraps in int32
+    with pytest.raises(ValueError, match="up to 2147483648"):
+        matmul(draw(1, 1), draw(1, 1), lowest)
 
 
 def test_factored_refuses_what_it_cannot_prove(draw):

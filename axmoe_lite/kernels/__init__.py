@@ -118,10 +118,9 @@ def _operand(name: str, values: Tensor, dimensions: int) -> Tensor:
 
 
 def _check_sums(fan_in: int, multiplier: Multiplier) -> None:
-    largest = int(multiplier.table.abs().max())
-    if fan_in * largest >= 2**31:
+    if fan_in * multiplier.largest >= 2**31:
         raise ValueError(
-            f"{fan_in} products of up to {largest} ({multiplier.name!r}) can leave the 32-bit accumulator;"
+            f"{fan_in} products of up to {multiplier.largest} ({multiplier.name!r}) can leave the 32-bit accumulator;"
             " split the sum, or use a table with smaller products."
         )
 

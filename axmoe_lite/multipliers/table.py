@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,6 +73,11 @@ class Multiplier:
     def __repr__(self) -> str:
         power = "unknown power" if self.power_mw is None else f"{self.power_mw:.3f} mW"
         return f"Multiplier({self.name!r}, {power}, {self.source})"
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest magnitude in the table: with the fan-in it bounds every sum."""
+        return int(self.table.long().abs().max())  # int32 has no +2^31
 
     @property
     def is_proxy(self) -> bool:
