@@ -3,9 +3,9 @@
 The thirteen published circuits are arrays of AND gates whose rows are summed by full adders, so their
 adders can be counted from (drop_a, drop_b, drop_columns). One constant, milliwatts per full adder,
 fitted to the thirteen with equal relative weight, predicts a circuit that was left out of the fit to
-within 3.3 % on average and 7.1 % at worst (:func:`proxy_leave_one_out`, asserted by a test). Adding
-AND gates or half adders to the fit made the worst case worse (32 % and 9 %): thirteen points do not
-bear more than one constant.
+within 3.3 % on average and 7.1 % at worst (:func:`proxy_leave_one_out`, asserted by a test). AND gates
+as a second constant made the worst case worse (32 %). Half adders made it better (2.0 % and 4.4 %), but at a
+negative price for each, which cannot be carried over to other circuits; so the proxy keeps to its one constant.
 
 The proxy is checked on arrays only. Other families are converted to full-adder equivalents by the
 relative sizes of the cells they need; take those as an order of magnitude, or give a measured
