@@ -91,9 +91,7 @@ def factorise(multiplier: Multiplier) -> Factors:
 
 
 def _verify(multiplier: Multiplier, factors: Factors) -> None:
-    u, v = (np.asarray(f, dtype=object) for f in (factors.u, factors.v))
-    if isinstance(factors.u, Tensor):  # int64 products cannot wrap here: _as_tensors left room
-        u, v = factors.u.numpy(), factors.v.numpy()
+    u, v = (np.asarray(side) for side in (factors.u, factors.v))  # int64 cannot wrap here: _narrow left room
     product = u.T @ v if len(u) else np.zeros((Q, Q), np.int64)
     assert (product == multiplier.table.numpy()).all(), f"{multiplier.name}: factors do not give back the table"
     lower = rank_lower_bound(multiplier.table)

@@ -96,13 +96,18 @@ def record(study: str, rows: list[dict], *, key: tuple[str, ...]) -> Path:
         The file.
 
     Raises:
-        ValueError: for no rows, a missing column, missing evidence, or rows of two scales.
+        ValueError: for no rows, a missing column, missing evidence, rows of two scales, or columns other
+            than those of the file. The file is then as it was.
     """
     _check(study, rows, key)
     path = _file(study, rows[0]["scale"])
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [{column: _text(value) for column, value in row.items()} for row in rows]
-    kept = {tuple(row[c] for c in key): row for row in (read(study, scale=rows[0]["scale"]) if path.exists() else [])}
+    old = read(study, scale=rows[0]["scale"])
+    if old and set(old[0]) != set(texts[0]):
+        differ = ", ".join(sorted(set(old[0]) ^ set(texts[0])))
+        raise ValueError(f"{path} has other columns than these rows ({differ}); record under another study's name.")
+    kept = {tuple(row[c] for c in key): row for row in old}
     kept.update({tuple(row[c] for c in key): row for row in texts})
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", newline="") as file:

@@ -44,6 +44,14 @@ def test_a_row_of_the_same_key_is_replaced_and_others_are_kept(elsewhere, origin
     assert [p.name for p in (elsewhere / "data" / "cache" / "results").iterdir()] == ["study.csv"]
 
 
+def test_other_columns_than_the_files_are_refused_and_the_file_stays(elsewhere, origin):
+    path = runs.record("study", [{**ROW, **origin}], key=KEY)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"study\.csv has other columns than these rows \(loss\)"):
+        runs.record("study", [{**ROW, "loss": 1.0, **origin}], key=KEY)
+    assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == ["study.csv"]
+
+
 def test_rows_without_evidence_are_refused(elsewhere, origin):
     for spoiled, problem in [
         ([], "No rows"),
