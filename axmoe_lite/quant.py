@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 127  # -128 is left out, so that codes are symmetric
+from axmoe_lite.kernels.encode import LIMIT, clear_outside, codes_of, round_trip
+
 METHODS = ("percentile", "mse", "max")
 
 
@@ -31,8 +32,10 @@ def quantise(x: Tensor, scale: Tensor | float) -> Tensor:
     >>> quantise(torch.tensor([0.24, -9.0, 0.06]), 0.1)
     tensor([  2, -90,   1], dtype=torch.int8)
     """
-    inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float32, device=x.device)
-    return (x.float() * inverse).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    if scale.numel() == 1:
+        return codes_of(x, float(1.0 / scale))
+    return (x.float() * (1.0 / scale)).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
 
 
 def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:
@@ -40,11 +43,19 @@ def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:
     return codes.float() * torch.as_tensor(scale, dtype=torch.float32, device=codes.device)
 
 
+def fake(x: Tensor, scale: Tensor | float) -> Tensor:
+    """``dequantise(quantise(x))`` in as few passes as it takes: the values that the codes of x mean."""
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    if scale.numel() == 1:
+        return round_trip(x.detach(), float(scale))
+    return (x.float() * (1.0 / scale)).round_().clamp_(-LIMIT, LIMIT).mul_(scale)
+
+
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(within(x, scale))
-        return dequantise(quantise(x, scale), scale)
+        return fake(x, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -68,6 +79,11 @@ def fake_quantise(x: Tensor, scale: Tensor | float) -> Tensor:
 def within(x: Tensor, scale: Tensor) -> Tensor:
     """Where x is represented without clipping: bool, same shape."""
     return x.abs() <= scale * (LIMIT + 0.5)
+
+
+def stop_outside(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """The gradient, in place, with 0 where x was clipped (:func:`within`); float32, same shape."""
+    return clear_outside(grad, x, float(scale * (LIMIT + 0.5)))
 
 
 def weight_scale(weight: Tensor, *, per_channel: bool = False) -> Tensor:

@@ -193,7 +193,7 @@ def test_a_high_rank_table_takes_the_law():
         (torch.zeros(2, 3), torch.zeros(3, 1, dtype=torch.int8), "a is torch.float32.*Quantise first"),
         (torch.full((2, 3), 128), torch.zeros(3, 1, dtype=torch.int8), r"a runs from 128 to 128.*-128\.\.127"),
         (torch.zeros(2, 3, dtype=torch.int8), torch.zeros(4, 1, dtype=torch.int8), "columns of a must match"),
-        (torch.zeros(3, dtype=torch.int8), torch.zeros(3, 1, dtype=torch.int8), "2 dimensions"),
+        (torch.zeros(3, dtype=torch.int8), torch.zeros(3, 1, dtype=torch.int8), "2 or more dimensions"),
         ([[1]], torch.zeros(1, 1, dtype=torch.int8), "list"),
         (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(3, 1, dtype=torch.int8), "bool"),
     ],

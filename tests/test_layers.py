@@ -39,7 +39,7 @@ def net():
 
 
 def by_law(layer, x):
-    """y = (float32(acc) * s_x) * s_w[c] + bias[c], with the reference product."""
+    """y = float32(acc) * (s_x * s_w[c]) + bias[c], with the reference product."""
     s_w = weight_scale(layer.weight, per_channel=layer.per_channel).expand(len(layer.weight))
     shape = (-1, 1, 1) if layer.weight.ndim == 4 else (-1,)
     codes, weights = quantise(x, layer.scale_x), quantise(layer.weight, s_w.view(-1, *[1] * (layer.weight.ndim - 1)))
@@ -50,7 +50,7 @@ def by_law(layer, x):
         )  # fmt: skip
     else:
         acc = kernels.matmul(codes, weights.T, layer.multiplier, path="reference")
-    y = (acc.float() * layer.scale_x) * s_w.view(shape)
+    y = acc.float() * (layer.scale_x * s_w).view(shape)
     return y if layer.bias is None else y + layer.bias.view(shape)
 
 
@@ -258,7 +258,7 @@ def test_bad_calibration_is_refused_and_undone(net, x):
     approximate(net, "mul8s_1L2J", calibration=x)
     with pytest.raises(ValueError, match="NaN"):
         approximate(net, "mul8s_1L2L", calibration=spoiled)
-    assert assignment_of(net)["0"] == "mul8s_1L2J" and net[0].histogram is None
+    assert assignment_of(net)["0"] == "mul8s_1L2J" and net[0].histograms is None
 
 
 def test_a_network_without_layers_is_refused():

@@ -1,33 +1,42 @@
 """Approximate integer products: one call for matrices, one for images, whichever path computes them.
 
     reference   the law: index the table, add. Slow and obvious; every other path must equal it bit for bit
-    factored    the same numbers by ordinary exact products of factored operands
+    factored    the same numbers by ordinary exact products of factored operands, on int8 units where there are any
+    lookup      the same numbers by looking every product up, many at a time: for tables of high rank
 
-``path="auto"`` takes the factored path whenever the table's rank is small enough and the sums are
-provably exact, else the law. Letters: M x K x N the product; for images N images, C channels in, O out.
+``path="auto"`` takes whichever of the last two is cheaper on this machine (:func:`crossover_rank`). Letters:
+M x K x N the product; for images N images, C channels in, O out. A layer, which multiplies by the same
+weights again and again, keeps a :class:`ConvProduct` or :class:`LinearProduct`.
 
-Chapter: 02, "Why is an approximate product just a few exact ones?"
+Chapter: 04, "Faster than float32?"
 """
+
+import functools
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from axmoe_lite.kernels import factored, reference
-from axmoe_lite.multipliers import Multiplier
+from axmoe_lite.kernels import factored, lookup, reference, triton
+from axmoe_lite.multipliers import EXACT, Multiplier
+from axmoe_lite.multipliers import multiplier as by_name
 
-PATHS = ("auto", "factored", "reference")
+PATHS = ("auto", "factored", "lookup", "reference")
+ALWAYS_FACTORED = 5  # ranks up to the EvoApproxLib circuits' need no measurement
 
 
 def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") -> Tensor:
-    """Approximate matrix product: out[m, n] = sum over k of M(a[m, k], b[k, n]).
+    """Approximate matrix product: out[..., m, n] = sum over k of M(a[..., m, k], b[..., k, n]).
 
     Args:
-        a: the first operands (activations), integers in -128..127, [M, K].
-        b: the second operands (weights), integers in -128..127, [K, N].
-        path: ``"auto"``, ``"factored"`` or ``"reference"``; all give the same bits.
+        a: the first operands (activations), integers in -128..127, [..., M, K].
+        b: the second operands (weights), integers in -128..127, [..., K, N]; the dots stand for the same
+            batch dimensions in both, or for none.
+        path: ``"auto"``, ``"factored"``, ``"lookup"`` or ``"reference"``; all give the same bits.
 
     Returns:
-        int32 [M, N].
+        int32 [..., M, N].
 
     Raises:
         ValueError: operands that are not integers, out of range or of wrong shape; sums that could
@@ -38,13 +47,24 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") 
     >>> matmul(a, b, multiplier("mul8s_1KV6")), matmul(a, b, multiplier("mul8s_1L2J"))  # 3*5 + 7*2, 2*4 + 6*2
     (tensor([[29]], dtype=torch.int32), tensor([[20]], dtype=torch.int32))
     """
-    a, b = _operand("a", a, 2), _operand("b", b, 2)
-    if a.shape[1] != b.shape[0]:
-        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}; the columns of a must match the rows of b.")
-    _check_sums(a.shape[1], multiplier)
-    if _choose(path, multiplier, a.shape[1], 1, a.device) == "reference":
-        return reference.matmul(a, b, multiplier.table)
-    return factored.matmul(a, b, multiplier)
+    a, b = _operand("a", a, 2, more=True), _operand("b", b, 2, more=True)
+    if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(
+            f"a is {list(a.shape)} and b {list(b.shape)}; the columns of a must match the rows of b, and dimensions"
+            " before them must be the same in both."
+        )
+    _check_sums(a.shape[-1], multiplier)
+    chosen = _choose(path, multiplier, a.shape[-1], 1, a.device)
+    if chosen == "factored":
+        return factored.matmul(a, b, multiplier)
+    product = {"lookup": lookup.matmul, "triton": triton.matmul, "reference": reference.matmul}[chosen]
+    if a.ndim == 2:
+        return product(a, b, multiplier.table)
+    out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
+    triples = (t.flatten(0, -3) for t in (a, b, out))
+    for x, y, sums in zip(*triples, strict=True):
+        sums.copy_(product(x, y, multiplier.table))
+    return out
 
 
 def conv2d(
@@ -81,9 +101,11 @@ def conv2d(
     fan_in = weight.shape[1] * kernel
     _check_sums(fan_in, multiplier)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if _choose(path, multiplier, fan_in, kernel, x.device) == "reference":
-        return reference.conv2d(x, weight, multiplier.table, **options)
-    return factored.conv2d(x, weight, multiplier, **options)
+    chosen = _choose(path, multiplier, fan_in, kernel, x.device)
+    if chosen == "factored":
+        return factored.conv2d(x, weight, multiplier, **options)
+    product = {"lookup": lookup.conv2d, "triton": triton.conv2d, "reference": reference.conv2d}[chosen]
+    return product(x, weight, multiplier.table, **options)
 
 
 def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, device: torch.device) -> str:
@@ -91,19 +113,52 @@ def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, devic
         raise ValueError(f"path is {path!r}; it can be {', '.join(map(repr, PATHS))}.")
     if path == "reference":
         return path
+    # A table is looked up by the CPU or by Triton; on any other device by the law.
+    by_table = "lookup" if device.type == "cpu" else "triton" if triton.available(device) else "reference"
+    if path == "lookup":
+        return by_table
     possible = factored.possible(multiplier, fan_in, together, device)
     if path == "factored" and not possible:
         raise ValueError(
             f"No arithmetic here sums the factors of {multiplier.name!r} exactly at fan-in {fan_in}; use path='auto'."
         )
-    worthwhile = possible and factored.rank(multiplier) <= factored.HIGHEST_RANK
-    return "factored" if path == "factored" or worthwhile else "reference"
+    rank = factored.rank(multiplier)
+    cheap = possible and (rank <= ALWAYS_FACTORED or rank <= crossover_rank(device.type))
+    return "factored" if path == "factored" or cheap else by_table
 
 
-def _operand(name: str, values: Tensor, dimensions: int) -> Tensor:
-    if not isinstance(values, Tensor) or values.ndim != dimensions:
+@functools.cache
+def crossover_rank(device_type: str = "cpu") -> int:
+    """The rank above which a table is looked up: measured once in a process, on a product of ordinary size.
+
+    The choice changes the time a product takes, never its bits.
+    """
+    if device_type != "cpu":
+        return 16  # not measured
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 128, (2048, 256), generator=generator).to(torch.int8)
+    b = torch.randint(-128, 128, (256, 64), generator=generator).to(torch.int8)
+    exact = by_name(EXACT)
+    one_term = _shortest(lambda: factored.matmul(a, b, exact))
+    return max(ALWAYS_FACTORED, int(_shortest(lambda: lookup.matmul(a, b, exact.table)) / one_term))
+
+
+def _shortest(call: Callable[[], Tensor]) -> float:
+    """Seconds of the quickest of five calls, after one that may have to compile."""
+    call()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _operand(name: str, values: Tensor, dimensions: int, *, more: bool = False) -> Tensor:
+    if not isinstance(values, Tensor) or values.ndim < dimensions or (values.ndim > dimensions and not more):
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name} is {shape}; a tensor with {dimensions} dimensions is needed.")
+        needed = f"{dimensions} or more dimensions" if more else f"{dimensions} dimensions"
+        raise ValueError(f"{name} is {shape}; a tensor with {needed} is needed.")
     if values.dtype == torch.int8:
         return values
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

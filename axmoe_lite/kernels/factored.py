@@ -1,18 +1,27 @@
 """The fast path: an approximate product as an exact one, R times as long.
 
 With M(a, b) = sum over r of u_r(a) v_r(b), the sum over a fan-in K of M(a_k, b_k) is the sum over all
-(k, r) of u_r(a_k) v_r(b_k): an ordinary product of fan-in K R. Here it runs in floating point, cut into
-chunks so short that :func:`~axmoe_lite.factors.exact_arithmetic` proves every partial sum to be an
-integer that the format holds; then no rounding can happen, in whatever order the library adds.
+(k, r) of u_r(a_k) v_r(b_k): an ordinary product of fan-in K R. It runs in the cheapest arithmetic that is
+provably exact, cut into chunks so short that :func:`~axmoe_lite.factors.exact_arithmetic` proves every
+partial sum to be an integer that the format holds; then no rounding can happen, in whatever order the
+library adds:
+
+    int8 units     where the factors are bytes and the processor (or GPU) has such units
+    float32        elsewhere on the CPU, if nobody has lowered its precision
+    float64        elsewhere
+
+Chapter: 02, "Why is an approximate product just a few exact ones?"
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from axmoe_lite.factors import Arithmetic, Factors, exact_arithmetic, factorise, masked
+from axmoe_lite.kernels import cuda, int8
+from axmoe_lite.kernels.encode import encode
 from axmoe_lite.multipliers import Multiplier
-
-HIGHEST_RANK = 16  # more terms than this cost more than looking the products up
 
 
 def rank(multiplier: Multiplier) -> int:
@@ -22,24 +31,37 @@ def rank(multiplier: Multiplier) -> int:
 
 def possible(multiplier: Multiplier, fan_in: int, together: int, device: torch.device) -> bool:
     """Whether the sums are provably exact; ``together`` products (one kernel's cells) cannot be cut apart."""
-    return _arithmetic(factorise(multiplier), fan_in, together, device).name != "none"
+    factors = factorise(multiplier)
+    return units(factors, fan_in, device) or _arithmetic(factors, fan_in, together, device).name != "none"
 
 
 def matmul(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor:
-    """int8 [M, K] and [K, N] to int32 [M, N], equal to the law in every bit."""
-    factors, fan_in = factorise(multiplier), a.shape[1]
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
-    if factors.rank == 0 or fan_in == 0:
-        return total
+    """int8 [..., M, K] and [..., K, N] to int32 [..., M, N], equal to the law in every bit."""
+    factors, fan_in = factorise(multiplier), a.shape[-1]
+    if factors.rank == 0 or 0 in (*a.shape, *b.shape):
+        return torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
     arithmetic = _arithmetic(factors, fan_in, 1, a.device)
-    dtype = getattr(torch, arithmetic.name)
+    if units(factors, fan_in, a.device) and (a.ndim == 2 or arithmetic.chunk < fan_in):
+        return _matmul_in_bytes(a, b, factors)
+    # A batch of small products: floats, where they need no cutting, have one call for all of it.
+    dtype, total = getattr(torch, arithmetic.name), None
     with torch.autocast(a.device.type, enabled=False):
         for start in range(0, fan_in, arithmetic.chunk):
             part = slice(start, start + arithmetic.chunk)
-            left = _terms(a[:, part], factors, "u", dtype, axis=1)  # [M, R k]
-            right = _terms(b[part], factors, "v", dtype, axis=0)  # [R k, N]
-            total += (left @ right).to(torch.int32)
+            left = _terms(a[..., part], factors, "u", dtype, axis=-1)  # [..., M, R k]
+            right = _terms(b[..., part, :], factors, "v", dtype, axis=-2)  # [..., R k, N]
+            sums = (left @ right).to(torch.int32)
+            total = sums if total is None else total.add_(sums)
     return total
+
+
+def _matmul_in_bytes(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
+    left, right = encode(a, factors, "u"), encode(b.mT, factors, "v").mT  # [..., M, R K], [..., R K, N]
+    product = cuda.matmul if a.device.type == "cuda" else int8.matmul
+    if a.ndim == 2:
+        return product(left, right)
+    pairs = zip(left.flatten(0, -3), right.flatten(0, -3), strict=True)
+    return torch.stack([product(x, y) for x, y in pairs]).unflatten(0, a.shape[:-2])
 
 
 def conv2d(
@@ -54,29 +76,84 @@ def conv2d(
 ) -> Tensor:
     """int8 [N, C, H, W] and [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
     factors = factorise(multiplier)
-    per_group, kernel = weight.shape[1], weight.shape[2:]
-    if any(padding) and factors.masks is None:
-        # u_r(0) need not be 0, so the border must be made of codes before it is made of factors.
-        x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-        padding = (0, 0)
-    if factors.rank == 0:
+    x, padding = padded(x, padding, factors)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if factors.rank == 0 or 0 in (*x.shape, *weight.shape):
         shapes = (t.to("meta", torch.float32) for t in (x, weight))  # only the shape of the result is wanted
-        shape = torch.nn.functional.conv2d(*shapes, None, stride, padding, dilation, groups).shape
+        shape = torch.nn.functional.conv2d(*shapes, None, *options.values()).shape
         return torch.zeros(shape, dtype=torch.int32, device=x.device)
-    arithmetic = _arithmetic(factors, per_group * kernel.numel(), kernel.numel(), x.device)
-    dtype = getattr(torch, arithmetic.name)
-    step = max(1, arithmetic.chunk // kernel.numel())  # channels of each group in one go
+    per_group, kernel = weight.shape[1], weight.shape[2] * weight.shape[3]
+    if x.device.type == "cuda" and units(factors, per_group * kernel, x.device):
+        return cuda.conv2d(first_operands(x, factors, groups=groups), second_operands(weight, factors), **options)
+    arithmetic = exact_arithmetic(factors, per_group * kernel, available=("float32",))  # what the units hand out
+    bytewise = units(factors, per_group * kernel, x.device) and arithmetic.chunk >= kernel
+    if not bytewise:
+        arithmetic = _arithmetic(factors, per_group * kernel, kernel, x.device)
+    step = max(1, arithmetic.chunk // kernel)  # channels of each group whose sums a float32 holds
     total: Tensor | None = None
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, per_group, step):
-            part = slice(start, start + step)
-            # Channels last, in memory too, is the layout in which oneDNN convolves fastest.
-            seen = x.permute(0, 2, 3, 1).unflatten(3, (groups, per_group))[..., part]
-            left = _terms(seen, factors, "u", dtype, axis=4).flatten(3).permute(0, 3, 1, 2)  # [N, groups R c, H, W]
-            right = _terms(weight[:, part], factors, "v", dtype, axis=1)  # [O, R c, KH, KW]
-            sums = torch.nn.functional.conv2d(left, right, None, stride, padding, dilation, groups)
-            total = sums.to(torch.int32) if total is None else total.add_(sums.to(torch.int32))
+    for start in range(0, per_group, step):
+        part = slice(start, start + step)
+        seen = x if step >= per_group else x.unflatten(1, (groups, per_group))[:, :, part].flatten(1, 2)
+        sums = _conv2d_in_bytes(seen, weight[:, part], factors, options) if bytewise else None
+        if sums is None:
+            dtype = torch.float64 if bytewise else getattr(torch, arithmetic.name)
+            sums = _conv2d_in_floats(seen, weight[:, part], factors, dtype, options)
+        sums = sums.to(torch.int32)
+        total = sums if total is None else total.add_(sums)
     return total
+
+
+def _conv2d_in_bytes(x: Tensor, weight: Tensor, factors: Factors, options: dict) -> Tensor | None:
+    terms, ones = second_operands(weight, factors), torch.ones(len(weight))
+    # Without a zero point the units are exact without further proof, so images without signs are told apart.
+    offset = 128 if int(x.min()) < 0 else 0
+    if not int8.fits(terms, offset):
+        return None
+    image = first_operands(x, factors, groups=options["groups"], offset=offset).view(torch.uint8)
+    return int8.PackedConv2d(terms, ones, None, offset, **options)(image)
+
+
+def _conv2d_in_floats(x: Tensor, weight: Tensor, factors: Factors, dtype: torch.dtype, options: dict) -> Tensor:
+    # Channels last, in memory too, is the layout in which oneDNN convolves fastest.
+    grouped = x.permute(0, 2, 3, 1).unflatten(3, (options["groups"], -1))
+    left = _terms(grouped, factors, "u", dtype, axis=4).flatten(3).permute(0, 3, 1, 2)  # [N, groups R c, H, W]
+    right = _terms(weight, factors, "v", dtype, axis=1)  # [O, R c, KH, KW]
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.conv2d(left, right, None, *options.values())
+
+
+def padded(x: Tensor, padding: tuple[int, int], factors: Factors) -> tuple[Tensor, tuple[int, int]]:
+    """The image with its border, and the padding still to be done.
+
+    u_r(0) need not be 0 unless the factors are masks, so the border must be made of codes before it is made
+    of factors.
+    """
+    if factors.masks is not None or not any(padding):
+        return x, padding
+    return torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
+
+
+def first_operands(x: Tensor, factors: Factors, *, groups: int, offset: int = 0, **quantisation: float) -> Tensor:
+    """The bytes of an image, [N, C, H, W] to [N, groups R C / groups, H, W], channels last in memory."""
+    rows = x.permute(0, 2, 3, 1)
+    return encode(rows, factors, "u", groups=groups, offset=offset, **quantisation).permute(0, 3, 1, 2)
+
+
+def second_operands(weight: Tensor, factors: Factors) -> Tensor:
+    """The bytes of weights, [O, c, ...] to [O, R c, ...]."""
+    return _terms(weight, factors, "v", torch.int8, axis=1)
+
+
+def units(factors: Factors, fan_in: int, device: torch.device) -> bool:
+    """Whether int8 units take these factors, and their sums fit 32 bits."""
+    if not _bytewise(factors, fan_in):
+        return False
+    return cuda.available(device) if device.type == "cuda" else device.type == "cpu" and int8.available()
+
+
+@functools.lru_cache(maxsize=4096)
+def _bytewise(factors: Factors, fan_in: int) -> bool:
+    return factors.rank > 0 and exact_arithmetic(factors, max(1, fan_in), available=("int8",)).name == "int8"
 
 
 def _arithmetic(factors: Factors, fan_in: int, together: int, device: torch.device) -> Arithmetic:

@@ -1,7 +1,6 @@
-"""Networks of the papers, written plainly: the CIFAR ResNets of He et al. (2016), section 4.2.
+"""The CIFAR ResNets of He et al. (2016), section 4.2, with the public CIFAR model zoo's layer names.
 
-Layer names are those of the public CIFAR model zoo (``conv1``, ``layer2.0.conv1``, ``fc``), because an
-assignment speaks of layers by name. Letters: N images, C channels, H x W pixels.
+Letters: N images, C channels, H x W pixels.
 
 Chapter: 03, "What happens to a network?"
 """

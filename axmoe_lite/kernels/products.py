@@ -1,0 +1,126 @@
+"""A layer's product with everything about its weights computed once: factored, masked, laid out, scaled.
+
+    y = float32(sum over the fan-in of M(code of x, weight)) * scale[o] + bias[o]          (1)
+
+each step rounded to float32, scale[o] being float32(s_x * s_w[o]). On int8 units quantising and factorising
+is one pass over x, and the sum, the scaling and the bias are one operation; elsewhere (1) is computed as
+written. The bits are the same.
+
+Chapter: 04, "Faster than float32?"
+"""
+
+import torch
+from torch import Tensor
+
+from axmoe_lite import kernels
+from axmoe_lite.factors import factorise
+from axmoe_lite.kernels import factored, int8
+from axmoe_lite.kernels.encode import codes_of, encode
+from axmoe_lite.multipliers import Multiplier
+
+
+class _Product:
+    """What convolutions and linear layers share.
+
+    Args:
+        weight: int8 codes, [O, c, KH, KW] or [O, C].
+        scale: float32 [O].
+        bias: float32 [O] or None.
+        scale_x: what one step of an activation's code means; positive.
+    """
+
+    def __init__(
+        self, weight: Tensor, multiplier: Multiplier, *, scale: Tensor, bias: Tensor | None, scale_x: Tensor | float
+    ) -> None:
+        self.weight, self.multiplier, self.bias = weight, multiplier, bias
+        self.scale = scale.contiguous()
+        self.inverse_scale = float(1.0 / torch.as_tensor(scale_x, dtype=torch.float32))
+        self.factors = factorise(multiplier)
+        fan_in = weight[0].numel()
+        # Ranks that a lookup beats go there; see kernels.crossover_rank.
+        path = kernels._choose("auto", multiplier, fan_in, fan_in, weight.device)
+        self.bytewise = (
+            path == "factored" and weight.device.type == "cpu" and factored.units(self.factors, fan_in, weight.device)
+        )
+        self._packed: dict[int, int8.PackedConv2d | int8.PackedLinear | None] = {}
+
+    def units(self, offset: int) -> int8.PackedConv2d | int8.PackedLinear | None:
+        """The weights as the units want them for images with this zero point, or None if they cannot."""
+        if offset not in self._packed:
+            terms = factored.second_operands(self.weight, self.factors)
+            self._packed[offset] = self._pack(terms, offset) if int8.fits(terms, offset) else None
+        return self._packed[offset]
+
+    def _rescaled(self, sums: Tensor, *, axis: int) -> Tensor:
+        shape = [-1] + [1] * (sums.ndim - 1 - axis % sums.ndim)
+        y = sums.float().mul_(self.scale.view(shape))
+        return y if self.bias is None else y.add_(self.bias.view(shape))
+
+
+class ConvProduct(_Product):
+    """Law (1) for convolutions: float32 [N, C, H, W] to [N, O, OH, OW].
+
+    Takes what :class:`_Product` takes, and ``stride``, ``padding``, ``dilation`` (pairs) and ``groups``.
+
+    >>> from axmoe_lite import multiplier
+    >>> weight = torch.full((1, 1, 1, 1), 5, dtype=torch.int8)
+    >>> product = ConvProduct(weight, multiplier("mul8s_1L2J"), scale=torch.ones(1), bias=None, scale_x=0.1)
+    >>> product(torch.full((1, 1, 1, 1), 0.7)).item()  # M(7, 5) = 6 * 4
+    24.0
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        multiplier: Multiplier,
+        *,
+        scale: Tensor,
+        bias: Tensor | None,
+        scale_x: Tensor | float,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__(weight, multiplier, scale=scale, bias=bias, scale_x=scale_x)
+        self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+
+    def options_of_units(self) -> dict:
+        """What is left to the units: all but padding, if the border is made before (see factored.padded)."""
+        return {**self.options, "padding": (0, 0)} if self.factors.masks is None else self.options
+
+    def _pack(self, terms: Tensor, offset: int) -> int8.PackedConv2d:
+        return int8.PackedConv2d(terms, self.scale, self.bias, offset, **self.options_of_units())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bytewise and x.numel():
+            image, _ = factored.padded(x, self.options["padding"], self.factors)
+            offset = 128 if _has_negative(image, self.inverse_scale) else 0
+            if (units := self.units(offset)) is not None:
+                quantisation = {"inverse_scale": self.inverse_scale, "least": -127 if offset else 0}
+                groups = self.options["groups"]
+                image = factored.first_operands(
+                    image.float(), self.factors, groups=groups, offset=offset, **quantisation
+                )
+                return units(image.view(torch.uint8))
+        codes = codes_of(x, self.inverse_scale)
+        return self._rescaled(kernels.conv2d(codes, self.weight, self.multiplier, **self.options), axis=1)
+
+
+class LinearProduct(_Product):
+    """Law (1) for linear layers: float32 [..., C] to [..., O]. Takes what :class:`_Product` takes."""
+
+    def _pack(self, terms: Tensor, offset: int) -> int8.PackedLinear:
+        return int8.PackedLinear(terms, self.scale, self.bias, offset)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bytewise and x.numel() and (units := self.units(128)) is not None:
+            return units(encode(x.float(), self.factors, inverse_scale=self.inverse_scale, offset=128))
+        codes = codes_of(x, self.inverse_scale)
+        sums = kernels.matmul(codes.flatten(0, -2), self.weight.T, self.multiplier)
+        return self._rescaled(sums, axis=-1).unflatten(0, x.shape[:-1])
+
+
+def _has_negative(x: Tensor, inverse_scale: float) -> bool:
+    """Whether some value has a code below 0 (-0.5 of a step has code 0); yes, to be safe, if there are NaN."""
+    return not bool(x.amin() * inverse_scale >= -0.5)

@@ -1,0 +1,195 @@
+"""Forward by the multiplier, backward through it: what training sees of an approximate product.
+
+    straight-through   the gradient of the exact product of the quantised operands: dM/da = b, dM/db = a
+    smoothed           the table's own slopes, dM/da = D_a(a, b) and dM/db = D_b(a, b)
+
+A slope is that of the least-squares line through the products of nine neighbouring codes (fewer at the
+ends of the range), so that steps of a truncated operand become a ramp. A table of slopes has few
+factors where the table of products has, so
+
+    dL/da[m, k] = sum over s of p_s(a[m, k]) * (sum over n of dL/dy[m, n] q_s(b[k, n]))           (2)
+
+is a few ordinary products, of floats. Not from any of the papers; ApproxTorch offers a similar estimate by lookups.
+
+Where an activation was clipped its gradient is 0 (Bengio et al., 2013). The activation is saved as the float
+that came in, which ReLU and BatchNorm keep alive anyway: an approximate layer adds nothing to the memory.
+
+Chapter: 04, "Faster than float32?"
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axmoe_lite import kernels, quant
+from axmoe_lite.multipliers import Multiplier
+
+GRADIENTS = ("straight-through", "smoothed")
+WINDOW = 4  # codes on either side of a slope
+NEGLIGIBLE = 1e-3  # a term of D below this share of the largest is left out
+MOST_TERMS = 16
+
+
+def check_gradient(gradient: str) -> None:
+    """Raise ValueError unless the name is known."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient is {gradient!r}; it can be {', '.join(map(repr, GRADIENTS))}.")
+
+
+@functools.lru_cache(maxsize=64)
+def slopes(multiplier: Multiplier, operand: str, *, window: int = WINDOW) -> tuple[Tensor, Tensor]:
+    """Factors p, q [S, Q], float32, of the slopes D(a, b) = sum over s of p_s(a) q_s(b) of (2).
+
+    Args:
+        operand: ``"a"`` for dM/da, ``"b"`` for dM/db.
+        window: codes on either side that the line is fitted to.
+
+    A table of high rank has as many terms of slopes; the smallest are left out, at most 16 kept.
+
+    >>> from axmoe_lite import multiplier
+    >>> p, q = slopes(multiplier("mul8s_1KV6"), "a")  # exact products: dM/da = b, one term
+    >>> len(p), round((p[0, 7 + 128] * q[0, -5 + 128]).item(), 3)
+    (1, -5.0)
+    """
+    table = multiplier.table.double().T if operand == "b" else multiplier.table.double()
+    size = len(table)
+    steps = torch.arange(size, dtype=torch.float64)
+    near = (steps[:, None] - steps[None, :]).abs() <= window
+    centred = near * (steps[None, :] - (near * steps).sum(1, keepdim=True) / near.sum(1, keepdim=True))
+    fit = centred / (centred**2).sum(1, keepdim=True)  # [Q, Q]: products of a column to their slopes
+    along, strength, across = torch.linalg.svd(fit @ table)
+    terms = min(MOST_TERMS, int((strength > NEGLIGIBLE * strength[0]).sum())) if strength[0] > 0 else 0
+    p, q = (along[:, :terms] * strength[:terms]).T.float(), across[:terms].float()
+    return (q, p) if operand == "b" else (p, q)
+
+
+def _terms(layer: Any, operand: str, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    p, q = slopes(layer.multiplier, operand)
+    return zip(p.to(device), q.to(device), strict=True)
+
+
+def _look_up(row: Tensor, codes: Tensor) -> Tensor:
+    return row[codes.long() + 128]
+
+
+class Convolution(torch.autograd.Function):
+    """y = layer.product()(x); x [N, C, H, W], weight [O, c, KH, KW], bias [O] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, layer.scale_x)
+        ctx.layer = layer
+        return layer.product()(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale_x = ctx.saved_tensors
+        layer, wanted = ctx.layer, ctx.needs_input_grad
+        scale_w = layer.scale_w().view(-1, 1, 1, 1)
+        grad = grad.float()
+
+        def backward(first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool]) -> tuple:
+            options = (layer.stride, layer.code_padding, layer.dilation, False, (0, 0), layer.groups)
+            return torch.ops.aten.convolution_backward(grad, first, second, None, *options, (*which, False))[:2]
+
+        if layer.gradient == "straight-through":
+            seen, used = quant.fake(x, scale_x), quant.fake(weight, scale_w)
+            grad_x, grad_weight = backward(seen, used, grad, wanted[:2])
+        else:
+            codes, weight_codes = quant.quantise(x, scale_x), quant.quantise(weight, scale_w)
+            grad_x = grad_weight = None
+            if wanted[0]:
+                scaled = grad * scale_w.view(-1, 1, 1)
+                for p, q in _terms(layer, "a", x.device):
+                    part, _ = backward(x.float(), _look_up(q, weight_codes), scaled, (True, False))
+                    part *= _look_up(p, codes)
+                    grad_x = part if grad_x is None else grad_x.add_(part)
+            if wanted[1]:
+                for p, q in _terms(layer, "b", x.device):
+                    first = _look_up(p, codes).mul_(scale_x)
+                    _, part = backward(first, weight.float(), grad, (False, True))
+                    part *= _look_up(q, weight_codes)
+                    grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        grad_x = quant.stop_outside(grad_x, x, scale_x).to(x.dtype) if wanted[0] else None
+        grad_weight = grad_weight.to(weight.dtype) if wanted[1] else None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if wanted[2] else None, None
+
+
+class Linear(torch.autograd.Function):
+    """y = layer.product()(x); x [..., C], weight [O, C], bias [O] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, layer.scale_x)
+        ctx.layer = layer
+        return layer.product()(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale_x = ctx.saved_tensors
+        layer, wanted = ctx.layer, ctx.needs_input_grad
+        scale_w = layer.scale_w().view(-1, 1)
+        grad, rows = grad.float().flatten(0, -2), x.flatten(0, -2)
+        grad_x = grad_weight = None
+        if layer.gradient == "straight-through":
+            if wanted[0]:
+                grad_x = grad @ quant.fake(weight, scale_w)
+            if wanted[1]:
+                grad_weight = grad.T @ quant.fake(rows, scale_x)
+        else:
+            codes, weight_codes = quant.quantise(rows, scale_x), quant.quantise(weight, scale_w)
+            if wanted[0]:
+                scaled = grad * scale_w.view(-1)
+                parts = (
+                    scaled @ _look_up(q, weight_codes) * _look_up(p, codes) for p, q in _terms(layer, "a", x.device)
+                )
+                grad_x = _total(parts, rows)
+            if wanted[1]:
+                parts = (
+                    grad.T @ _look_up(p, codes) * _look_up(q, weight_codes) for p, q in _terms(layer, "b", x.device)
+                )
+                grad_weight = _total(parts, weight) * scale_x
+        grad_x = quant.stop_outside(grad_x, rows, scale_x).to(x.dtype).view(x.shape) if wanted[0] else None
+        grad_weight = grad_weight.to(weight.dtype) if wanted[1] else None
+        return grad_x, grad_weight, grad.sum(0) if wanted[2] else None, None
+
+
+class Activations(torch.autograd.Function):
+    """y = float32(sum over k of M(code of a, code of b)) * (s_a * s_b); a [..., M, K], b [..., K, N]."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, layer: Any) -> Tensor:
+        ctx.save_for_backward(a, b, layer.scale_a, layer.scale_b)
+        ctx.layer = layer
+        codes = quant.quantise(a, layer.scale_a), quant.quantise(b, layer.scale_b)
+        return kernels.matmul(*codes, layer.multiplier).float().mul_(layer.scale_a * layer.scale_b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, scale_a, scale_b = ctx.saved_tensors
+        layer, (want_a, want_b, _) = ctx.layer, ctx.needs_input_grad
+        grad, grad_a, grad_b = grad.float(), None, None
+        if layer.gradient == "straight-through":
+            grad_a = grad @ quant.fake(b, scale_b).mT if want_a else None
+            grad_b = quant.fake(a, scale_a).mT @ grad if want_b else None
+        else:
+            x, y = quant.quantise(a, scale_a), quant.quantise(b, scale_b)
+            if want_a:
+                parts = (grad @ _look_up(q, y).mT * _look_up(p, x) for p, q in _terms(layer, "a", a.device))
+                grad_a = _total(parts, a) * scale_b
+            if want_b:
+                parts = (_look_up(p, x).mT @ grad * _look_up(q, y) for p, q in _terms(layer, "b", a.device))
+                grad_b = _total(parts, b) * scale_a
+        grad_a = quant.stop_outside(grad_a, a, scale_a).to(a.dtype) if want_a else None
+        grad_b = quant.stop_outside(grad_b, b, scale_b).to(b.dtype) if want_b else None
+        return grad_a, grad_b, None
+
+
+def _total(parts: Iterator[Tensor], like: Tensor) -> Tensor:
+    total = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    return torch.zeros_like(like, dtype=torch.float32) if total is None else total

@@ -1,0 +1,252 @@
+"""Into a network, and out: which layers multiply approximately, with what, and on which range.
+
+Chapter: 03, "What happens to a network?"
+"""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from axmoe_lite import quant
+from axmoe_lite.layers.gradients import check_gradient
+from axmoe_lite.layers.modules import KINDS, Approximate, Matmul
+from axmoe_lite.multipliers import Multiplier, multiplier
+
+Assignment = str | Multiplier | dict[str, str | Multiplier]
+
+
+def approximable(network: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can multiply approximately, by dotted name, in the network's order.
+
+    That is each ``nn.Conv2d``, ``nn.Linear`` and :class:`Matmul` (approximated or not). Left out are layers inside
+    ``nn.MultiheadAttention``, which reads their weights without calling them, so that replacing them would
+    change nothing.
+    """
+    inside_attention = {
+        id(child)
+        for module in network.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if type(module) in KINDS or isinstance(module, Approximate)
+        if id(module) not in inside_attention
+    }
+
+
+def default_layers(network: nn.Module) -> list[str]:
+    """The layers that one multiplier for all goes to: all that have weights, but a final classifier.
+
+    The classifier is the last ``nn.Linear``, if no convolution comes after it. AxMoE approximates all
+    convolutions of the CNNs and leaves the classifier exact; attention's products, which have no weights,
+    stay exact there too, and are approximated when an assignment names them.
+    """
+    kinds = {name: exact_kind(layer) for name, layer in approximable(network).items()}
+    names = [name for name, kind in kinds.items() if kind is not Matmul]
+    if names and kinds[names[-1]] is nn.Linear:
+        names.pop()
+    return names
+
+
+def exact_kind(layer: nn.Module) -> type[nn.Module]:
+    """``nn.Conv2d``, ``nn.Linear`` or :class:`Matmul`, whether the layer is approximated or not."""
+    return type(layer.exact if isinstance(layer, Approximate) else layer)
+
+
+def approximate(
+    network: nn.Module,
+    assignment: Assignment,
+    *,
+    calibration: Tensor | Iterable[Tensor] | None = None,
+    method: str = "percentile",
+    percentile: float = 99.99,
+    per_channel: bool = False,
+    gradient: str = "straight-through",
+) -> nn.Module:
+    """Give layers of a network their multipliers, in place, and calibrate those that need it.
+
+    Called again it replaces the assignment: layers named then and not now become exact again, and scales
+    already calibrated are kept unless ``calibration`` is given anew.
+
+    Args:
+        network: any torch module; only its ``nn.Conv2d``, ``nn.Linear`` and :class:`Matmul` are touched.
+        assignment: one multiplier (its name or the object) for all of :func:`default_layers`, or a dict
+            from dotted layer names to multipliers; layers that it does not name stay exact floats.
+            A name may say ``"swap:..."`` to make the weight the first operand.
+        calibration: a batch as the network expects it ([N, C, H, W], normalised), or several. The exact
+            network is run on it in evaluation mode to see how large each layer's inputs are.
+        method, percentile: how the activation range is chosen, see :class:`axmoe_lite.quant.Histogram`.
+        per_channel: one weight scale for each output channel instead of one a layer.
+        gradient: what training sees of the multiplier: ``"straight-through"`` (exact products) or
+            ``"smoothed"`` (the table's own slopes, see :mod:`axmoe_lite.layers.gradients`).
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: for a layer or multiplier that does not exist, a layer that was never run, images that
+            are missing, empty or not finite. The network is then as it was before the call.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    >>> x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> approximate(net, "mul8s_1L2J", calibration=x)[0]
+    ApproxConv2d(3, 4, kernel_size=(3, 3), mul8s_1L2J)
+    >>> restore(net)[0]
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+    """
+    quant.check_method(method, percentile)
+    check_gradient(gradient)
+    chosen = _resolve(network, assignment)
+    before = approximable(network)
+    after: dict[str, nn.Module] = {}
+    for name, layer in before.items():
+        exact = layer.exact if isinstance(layer, Approximate) else layer
+        after[name] = exact
+        if name in chosen:
+            after[name] = KINDS[type(exact)](exact, chosen[name], per_channel=per_channel, gradient=gradient)
+            if isinstance(layer, Approximate):
+                for scale in layer.SCALES:
+                    getattr(after[name], scale).copy_(getattr(layer, scale))
+    _place(network, before, after)
+    layers = {name: after[name] for name in chosen}
+    todo = layers if calibration is not None else {n: m for n, m in layers.items() if not m.calibrated}
+    try:
+        if todo:
+            _calibrate(network, todo, calibration, method, percentile)
+    except BaseException:
+        _place(network, after, before)
+        raise
+    return network
+
+
+def restore(network: nn.Module) -> nn.Module:
+    """Put the exact layers back, in place, with whatever training did to their weights; returns the network."""
+    before = approximable(network)
+    _place(network, before, {n: m.exact if isinstance(m, Approximate) else m for n, m in before.items()})
+    return network
+
+
+def assignment_of(network: nn.Module) -> dict[str, str]:
+    """Which layer multiplies with what: dotted names to multiplier names; exact layers are not in it."""
+    return {n: m.multiplier.name for n, m in approximable(network).items() if isinstance(m, Approximate)}
+
+
+def _resolve(network: nn.Module, assignment: Assignment) -> dict[str, Multiplier]:
+    def table(value: str | Multiplier) -> Multiplier:
+        return value if isinstance(value, Multiplier) else multiplier(value)
+
+    known = approximable(network)
+    if not isinstance(assignment, dict):
+        names = default_layers(network)
+        if not names:
+            raise ValueError(
+                f"This {type(network).__name__} has no layer to approximate by default; there are"
+                f" {', '.join(known) or 'none'}. Name layers in a dict."
+            )
+        _warn_of_others(network, known)
+        assignment = dict.fromkeys(names, assignment)
+    for name in assignment:
+        if name not in known:
+            raise ValueError(_unknown_layer(network, name, known))
+    return {name: table(value) for name, value in assignment.items()}
+
+
+def _warn_of_others(network: nn.Module, known: dict[str, nn.Module]) -> None:
+    """Say which layers multiply but stay exact because we do not know how they use their weights."""
+    attention = [f"{name}." for name, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    others = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention)
+        if name not in known and not name.startswith(tuple(attention))
+    ]
+    if others:
+        first = type(network.get_submodule(others[0])).__name__
+        warnings.warn(
+            f"{len(others)} other layers multiply too and stay exact, such as {others[0]!r} ({first}): only plain"
+            " nn.Conv2d and nn.Linear can be approximated.",
+            stacklevel=4,
+        )
+
+
+def _unknown_layer(network: nn.Module, name: str, known: dict[str, nn.Module]) -> str:
+    modules = dict(network.named_modules())
+    kind = f"is a {type(modules[name]).__name__}" if name in modules else "does not exist"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"Layer {name!r} {kind} and cannot multiply approximately.{hint} The layers of this"
+        f" {type(network).__name__}: {', '.join(known) or 'none'}."
+    )
+
+
+def _place(network: nn.Module, before: dict[str, nn.Module], after: dict[str, nn.Module]) -> None:
+    """Put ``after`` wherever ``before`` stands, also where one layer is used under several names."""
+    instead = {id(before[name]): after[name] for name in before if before[name] is not after[name]}
+    for parent in network.modules():
+        for key, child in parent._modules.items():
+            if id(child) in instead:
+                new = instead[id(child)]
+                new.train(child.training)
+                parent._modules[key] = new
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode for a while; then each of its modules in the mode it had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def _calibrate(
+    network: nn.Module,
+    layers: dict[str, Approximate],
+    batches: Tensor | Iterable[Tensor] | None,
+    method: str,
+    percentile: float,
+) -> None:
+    if batches is None:
+        raise ValueError(
+            f"Layer {next(iter(layers))!r} has no activation scale yet; pass calibration=images, a batch as the"
+            " network expects it."
+        )
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"calibration is a {type(batches).__name__}; give a batch as the network expects it, or several."
+        )
+    device = next(network.parameters()).device
+    watched = {n: m for n, m in approximable(network).items() if isinstance(m, Approximate)}
+    for name, layer in watched.items():
+        layer.histograms = [quant.Histogram(name) for _ in layer.SCALES]
+    try:
+        with evaluating(network):
+            for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
+                if not isinstance(batch, Tensor) or batch.dtype == torch.uint8:
+                    kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+                    raise ValueError(
+                        f"Calibration met {kind}; give what the network takes, such as images.normalised(x)."
+                    )
+                network(batch.to(device))
+        for name, layer in layers.items():
+            if not layer.histograms[0].counts.sum():
+                raise ValueError(
+                    f"Layer {name!r} was not called on the calibration images (there were none, or the network reads"
+                    " its weights without calling it), so approximating it would change nothing."
+                )
+            for scale, histogram in zip(layer.SCALES, layer.histograms, strict=True):
+                getattr(layer, scale).copy_(histogram.scale(method, percentile=percentile))
+    finally:
+        for layer in watched.values():
+            layer.histograms = None
