@@ -88,11 +88,12 @@ class Encode:
         rows = x.permute(0, 2, 3, 1).contiguous()
         shape = (*rows.shape[:-1], rows.shape[-1] * product.factors.rank)
         dtype = torch.uint8 if self.offset or self.from_codes else torch.int8
-        if (shape, dtype) not in buffers:  # bytes are read by the very next steps: one buffer serves many layers
-            buffers[shape, dtype] = torch.empty(shape, dtype=dtype)
+        where = (self, shape)  # not by shape alone: a later layer may read what two others have encoded since
+        if where not in buffers:
+            buffers[where] = torch.empty(shape, dtype=dtype)
         quantisation = {} if self.from_codes else {"inverse_scale": product.inverse_scale}
         least = -LIMIT if self.offset else 0
-        groups, out = product.options["groups"], buffers[shape, dtype]
+        groups, out = product.options["groups"], buffers[where]
         encode(rows, product.factors, groups=groups, offset=self.offset, least=least, out=out, **quantisation)
         return out.view(torch.uint8).permute(0, 3, 1, 2)
 
@@ -223,7 +224,7 @@ class Frozen(nn.Module):
         if not hasattr(self._local, "buffers"):
             self._local.buffers = {}
         buffers = self._local.buffers
-        if len(buffers) > 64:  # a new image size each time must not fill the memory
+        if len(buffers) > 4 * len(self._steps):  # a new image size each time must not fill the memory
             buffers.clear()
         values = self._bound(inputs)
         for key, step in self._steps.items():

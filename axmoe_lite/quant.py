@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axmoe_lite.kernels.encode import LIMIT, clear_outside, codes_of, round_trip
+from axmoe_lite.kernels.encode import LIMIT, codes_of
 
 METHODS = ("percentile", "mse", "max")
 
@@ -43,19 +43,11 @@ def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:
     return codes.float() * torch.as_tensor(scale, dtype=torch.float32, device=codes.device)
 
 
-def fake(x: Tensor, scale: Tensor | float) -> Tensor:
-    """``dequantise(quantise(x))`` in as few passes as it takes: the values that the codes of x mean."""
-    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
-    if scale.numel() == 1:
-        return round_trip(x.detach(), float(scale))
-    return (x.float() * (1.0 / scale)).round_().clamp_(-LIMIT, LIMIT).mul_(scale)
-
-
 class _FakeQuantise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(within(x, scale))
-        return fake(x, scale)
+        return dequantise(quantise(x, scale), scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -79,11 +71,6 @@ def fake_quantise(x: Tensor, scale: Tensor | float) -> Tensor:
 def within(x: Tensor, scale: Tensor) -> Tensor:
     """Where x is represented without clipping: bool, same shape."""
     return x.abs() <= scale * (LIMIT + 0.5)
-
-
-def stop_outside(grad: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """The gradient, in place, with 0 where x was clipped (:func:`within`); float32, same shape."""
-    return clear_outside(grad, x, float(scale * (LIMIT + 0.5)))
 
 
 def weight_scale(weight: Tensor, *, per_channel: bool = False) -> Tensor:

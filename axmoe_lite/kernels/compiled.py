@@ -1,38 +1,36 @@
 """The compiled loops of :mod:`axmoe_lite.kernels.encode`. Imports numba, so it is imported only when needed.
 
-Everything is flat and explicit: loops that the compiler is sure of are loops that it turns into vectors.
+Each loop is a C function that threads of a team run together (:mod:`axmoe_lite.kernels.team`): they take
+tasks of neighbouring values, ``step`` in each, until none is left. Everything is flat and explicit:
+loops that the compiler is sure of are loops that it turns into vectors.
 """
-
-from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
+from numba import carray
+
+from axmoe_lite.kernels.team import bits_of, float_of, loop, next_task, pointer
+from axmoe_lite.kernels.team import run as run  # for callers, who may not import numba
 
 MAGIC = np.float32(1.5 * 2**23)  # added to |v| < 2^22, it leaves round-half-even(v) in the lowest bits
 TASK = 1 << 15  # values of one task: fits the second-level cache, worth a thread's while
+FEW = 256  # values that one flag speaks for
 
 
-@intrinsic
-def _bits_of(context: Any, value: Any) -> tuple:
-    """The 32 bits of a float32, as an integer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return numba.types.int32(numba.types.float32), generate
-
-
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _quantise(x, inverse, least, mask, flip, out):
+    """Returns every bit that some code has; bit 7 tells that one was negative."""
+    seen = np.int32(0)
     for i in range(x.size):
         v = min(max(x[i] * inverse, least), np.float32(127))
         # NaN slips through min and max, but the lowest byte of the quiet NaN is 0, the code it shall have.
-        out[i] = np.uint8(_bits_of(v + MAGIC)) & mask ^ flip
+        bits = bits_of(v + MAGIC)
+        seen |= bits
+        out[i] = np.uint8(bits) & mask ^ flip
+    return np.uint8(seen)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _mask(codes, masks, flip, channels, out):
     """codes [P c] to out [P R c], bytes."""
     terms, o = masks.size, 0
@@ -43,7 +41,7 @@ def _mask(codes, masks, flip, channels, out):
                 o += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _mask_words(codes, masks, flip, words, out):
     """The same on eight bytes at a time: rows of 16 channels are too short for a vector of 64."""
     ones = np.uint64(0x0101010101010101)
@@ -57,7 +55,7 @@ def _mask_words(codes, masks, flip, words, out):
                 o += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _look_up(codes, rows, flip, channels, out):
     terms = rows.shape[0]
     for p in range(codes.size // channels):
@@ -70,7 +68,7 @@ def _look_up(codes, rows, flip, channels, out):
                 target[c] = row[source[c]] ^ flip
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True)
 def _expand(codes, masks, rows, flip, channels, out):
     if masks.size == 0:
         _look_up(codes, rows, flip, channels, out)
@@ -83,56 +81,84 @@ def _expand(codes, masks, rows, flip, channels, out):
         _mask(codes, masks, flip, channels, out)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
-def quantise_rows(x, inverse, least, masks, rows, flip, channels, out):
-    """float32 [P c] to bytes [P R c]: quantise and expand. ``least`` is the lowest code."""
-    terms = max(masks.size, rows.shape[0])
-    step = max(1, TASK // channels) * channels
-    for task in numba.prange((x.size + step - 1) // step):
-        part = x[task * step : min(x.size, (task + 1) * step)]
-        result = out[task * step * terms : (task * step + part.size) * terms]
+@loop
+def quantise_rows(arguments):
+    """float32 [P c] to bytes [P R c]: quantise and expand; seen[task] are the bits that its codes have."""
+    a = carray(arguments, 15, np.int64)
+    tasks, size, step, channels = a[1], a[2], a[3], a[4]
+    inverse, least, flip = float_of(a[5]), float_of(a[6]), np.uint8(a[7])
+    masks, rows = carray(pointer(a[9]), a[8], np.uint8), carray(pointer(a[11]), (a[10], 256), np.uint8)
+    terms = masks.size + rows.shape[0]
+    x, out = carray(pointer(a[12]), size, np.float32), carray(pointer(a[13]), size * terms, np.uint8)
+    seen = carray(pointer(a[14]), tasks, np.uint8)
+    codes = np.empty(0 if masks.size == 1 else step, np.uint8)
+    task = next_task(arguments)
+    while task < tasks:
+        start, stop = task * step, min(size, (task + 1) * step)
+        result = out[start * terms : stop * terms]
         if masks.size == 1:
-            _quantise(part, inverse, least, masks[0], flip, result)
+            seen[task] = _quantise(x[start:stop], inverse, least, masks[0], flip, result)
         else:
-            codes = np.empty(part.size, np.uint8)
-            _quantise(part, inverse, least, np.uint8(255), np.uint8(0), codes)
-            _expand(codes, masks, rows, flip, channels, result)
+            part = codes[: stop - start]
+            seen[task] = _quantise(x[start:stop], inverse, least, np.uint8(255), np.uint8(0), part)
+            _expand(part, masks, rows, flip, channels, result)
+        task = next_task(arguments)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
-def expand_codes(codes, masks, rows, flip, channels, out):
+@loop
+def expand_codes(arguments):
     """Codes [P c], as bytes, to bytes [P R c]."""
-    terms = max(masks.size, rows.shape[0])
-    step = max(1, TASK // channels) * channels
-    for task in numba.prange((codes.size + step - 1) // step):
-        stop = min(codes.size, (task + 1) * step)
-        _expand(codes[task * step : stop], masks, rows, flip, channels, out[task * step * terms : stop * terms])
+    a = carray(arguments, 12, np.int64)
+    tasks, size, step, channels, flip = a[1], a[2], a[3], a[4], np.uint8(a[5])
+    masks, rows = carray(pointer(a[7]), a[6], np.uint8), carray(pointer(a[9]), (a[8], 256), np.uint8)
+    terms = masks.size + rows.shape[0]
+    codes, out = carray(pointer(a[10]), size, np.uint8), carray(pointer(a[11]), size * terms, np.uint8)
+    task = next_task(arguments)
+    while task < tasks:
+        start, stop = task * step, min(size, (task + 1) * step)
+        _expand(codes[start:stop], masks, rows, flip, channels, out[start * terms : stop * terms])
+        task = next_task(arguments)
 
 
-@numba.njit(nogil=True, cache=True)
-def _round_trip(x, inverse, scale, out):
+@numba.njit(nogil=True)
+def _round_trip(x, inverse, scale, limit, out):
+    """Returns whether some |x| > limit."""
+    largest = np.int32(0)
     for i in range(x.size):
+        # Magnitudes are ordered as their bits are, with NaN above all; integers have a maximum in vectors.
+        largest = max(largest, bits_of(abs(x[i])))
         v = min(max(x[i] * inverse, np.float32(-127)), np.float32(127))
         out[i] = ((v + MAGIC) - MAGIC) * scale
+    return largest > bits_of(limit)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
-def round_trip(x, inverse, scale, out):
-    """float32 [n] to the values that its codes mean, [n]."""
-    for task in numba.prange((x.size + TASK - 1) // TASK):
-        part = slice(task * TASK, min(x.size, (task + 1) * TASK))
-        _round_trip(x[part], inverse, scale, out[part])
+@loop
+def round_trip(arguments):
+    """float32 [n] to the values that its codes mean, [n]; outside [n / FEW] tells where some |x| > limit."""
+    a = carray(arguments, 10, np.int64)
+    tasks, size, step = a[1], a[2], a[3]
+    inverse, scale, limit = float_of(a[4]), float_of(a[5]), float_of(a[6])
+    x, out = carray(pointer(a[7]), size, np.float32), carray(pointer(a[9]), size, np.float32)
+    outside = carray(pointer(a[8]), (size + FEW - 1) // FEW, np.bool_)
+    task = next_task(arguments)
+    while task < tasks:
+        for start in range(task * step, min(size, (task + 1) * step), FEW):
+            stop = min(size, start + FEW)
+            outside[start // FEW] = _round_trip(x[start:stop], inverse, scale, limit, out[start:stop])
+        task = next_task(arguments)
 
 
-@numba.njit(nogil=True, cache=True)
-def _clear_outside(grad, x, limit):
-    for i in range(x.size):
-        grad[i] = grad[i] if abs(x[i]) <= limit else np.float32(0)
-
-
-@numba.njit(nogil=True, parallel=True, cache=True)
-def clear_outside(grad, x, limit):
-    """grad [n], in place: 0 where |x| > limit."""
-    for task in numba.prange((x.size + TASK - 1) // TASK):
-        part = slice(task * TASK, min(x.size, (task + 1) * TASK))
-        _clear_outside(grad[part], x[part], limit)
+@loop
+def clear_outside(arguments):
+    """grad [n], in place: 0 where |x| > limit. Reads x only where ``outside`` says that there is something."""
+    a = carray(arguments, 8, np.int64)
+    tasks, size, step, limit = a[1], a[2], a[3], float_of(a[4])
+    grad, x = carray(pointer(a[5]), size, np.float32), carray(pointer(a[6]), size, np.float32)
+    outside = carray(pointer(a[7]), (size + FEW - 1) // FEW, np.bool_)
+    task = next_task(arguments)
+    while task < tasks:
+        for start in range(task * step, min(size, (task + 1) * step), FEW):
+            if outside[start // FEW]:
+                for i in range(start, min(size, start + FEW)):
+                    grad[i] = grad[i] if abs(x[i]) <= limit else np.float32(0)
+        task = next_task(arguments)

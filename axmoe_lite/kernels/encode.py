@@ -11,10 +11,10 @@ With numba this is one pass over memory; without it, a few of plain torch that g
 Chapter: 04, "Faster than float32?"
 """
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
+import math
+import threading
 from types import ModuleType
 
 import numpy as np
@@ -65,22 +65,67 @@ def encode(
     if out.numel() == 0:
         return out
     rows = values.contiguous().view(-1, values.shape[-1] // groups)
-    compiled = _compiled()
-    if compiled is None or values.device.type != "cpu":
+    if _compiled() is None or values.device.type != "cpu":
         return out.copy_(_by_torch(rows, factors, side, inverse_scale, offset, least).view(shape))
-    masks, lookup = _instructions(factors, side)
-    channels, flip, target = rows.shape[1], np.uint8(offset), _bytes(out)
-    with torch_threads(compiled.numba):
-        if inverse_scale is None:
-            compiled.expand_codes(_bytes(rows), masks, lookup, flip, channels, target)
-        else:
-            scale, least = np.float32(inverse_scale), np.float32(least)
-            compiled.quantise_rows(rows.view(-1).numpy(), scale, least, masks, lookup, flip, channels, target)
+    instructions, channels = _instructions(factors, side), rows.shape[1]
+    if inverse_scale is None:
+        _run("expand_codes", rows.numel(), channels, channels, offset, *instructions, rows, out)
+    else:
+        _quantise_rows(rows, channels, inverse_scale, least, offset, instructions, out)
     return out
 
 
-def _bytes(values: Tensor) -> np.ndarray:
-    return values.view(-1).view(torch.uint8).numpy()
+def encode_unsigned(values: Tensor, factors: Factors, *, inverse_scale: float, groups: int = 1) -> tuple[Tensor, int]:
+    """The bytes of first operands for units that take unsigned ones, and their offset: 0 if no code is negative.
+
+    Takes what :func:`encode` takes. The result lies in memory that the next call overwrites (:func:`scratch`).
+
+    Returns:
+        uint8 [..., groups R C / groups], and 0 or 128.
+    """
+    out = scratch((*values.shape[:-1], values.shape[-1] * factors.rank), torch.uint8)
+    if _compiled() is None or out.numel() == 0:
+        # "Not at least" rather than "below": NaN must not hide negative values.
+        offset = 0 if out.numel() == 0 or bool(values.amin() * inverse_scale >= -0.5) else 128
+        target = out if offset else out.view(torch.int8)
+        encode(values, factors, inverse_scale=inverse_scale, offset=offset, groups=groups, out=target)
+        return out, offset
+    x, instructions = values.contiguous(), _instructions(factors, "u")
+    negative = _quantise_rows(x, x.shape[-1] // groups, inverse_scale, -LIMIT, 0, instructions, out)
+    return (out.bitwise_xor_(128), 128) if negative else (out, 0)
+
+
+def _quantise_rows(
+    x: Tensor, channels: int, inverse_scale: float, least: int, offset: int, instructions: tuple, out: Tensor
+) -> bool:
+    """The compiled pass over values [P c] as they lie in memory; returns whether some code was negative."""
+    seen = np.zeros(-(-x.numel() // channels), np.uint8)  # as many as there can be tasks
+    numbers = np.float32(inverse_scale), np.float32(least), offset
+    _run("quantise_rows", x.numel(), channels, channels, *numbers, *instructions, x, out, seen)
+    return bool(seen.max(initial=0) >= 128)
+
+
+def _run(loop: str, size: int, whole: int, *arguments: "int | np.floating | np.ndarray | Tensor") -> None:
+    """A compiled loop over ``size`` values, in tasks that are multiples of ``whole``."""
+    compiled = _compiled()
+    step = max(1, compiled.TASK // whole) * whole
+    compiled.run(getattr(compiled, loop), -(-size // step), size, step, *arguments)
+
+
+_memory = threading.local()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for values that are read before the next call that asks for some: fresh pages are dear.
+
+    Each thread has its own, and one for each type, as large as the largest that was asked for.
+    """
+    size = math.prod(shape)
+    held = getattr(_memory, str(dtype), None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=dtype)
+        setattr(_memory, str(dtype), held)
+    return held[:size].view(shape)
 
 
 def codes_of(values: Tensor, inverse_scale: float, least: int = -LIMIT) -> Tensor:
@@ -91,47 +136,49 @@ def codes_of(values: Tensor, inverse_scale: float, least: int = -LIMIT) -> Tenso
     if not _compiled_takes(values):
         scaled = (values.float() * inverse_scale).round_().clamp_(least, LIMIT)
         return scaled.nan_to_num_(nan=0.0).to(torch.int8)
-    codes, compiled = torch.empty_like(values, dtype=torch.int8), _compiled()
-    source, target = _in_memory(values).numpy(), _in_memory(codes).view(torch.uint8).numpy()
-    all_bits, no_rows, flip = np.array([255], np.uint8), np.empty((0, 256), np.uint8), np.uint8(0)
-    scale, least = np.float32(inverse_scale), np.float32(least)
-    with torch_threads(compiled.numba):
-        compiled.quantise_rows(source, scale, least, all_bits, no_rows, flip, max(1, source.size), target)
+    codes, size = torch.empty_like(values, dtype=torch.int8), values.numel()
+    if size:
+        _quantise_rows(values, min(size, _compiled().TASK), inverse_scale, least, 0, _ALL_BITS, codes)
     return codes
 
 
-def round_trip(values: Tensor, scale: float) -> Tensor:
-    """What the codes of the values mean: round(value / scale), cut to -127..127, times scale; float32, same shape."""
-    inverse = float(1.0 / torch.tensor(scale, dtype=torch.float32))
+def round_trip(values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """What the codes of the values mean: round(value / scale), cut to -127..127, times scale; float32, same shape.
+
+    Returns:
+        The values, and notes for :func:`clear_outside` on where some were cut. Both lie in memory that the
+        next call overwrites (:func:`scratch`).
+    """
+    inverse = np.float32(1) / np.float32(scale)
     if not _compiled_takes(values):
-        return (values.float() * inverse).round_().clamp_(-LIMIT, LIMIT).mul_(scale)
-    result, compiled = torch.empty_like(values), _compiled()
-    with torch_threads(compiled.numba):
-        source, target = _in_memory(values).numpy(), _in_memory(result).numpy()
-        compiled.round_trip(source, np.float32(inverse), np.float32(scale), target)
-    return result
+        return (values.float() * float(inverse)).round_().clamp_(-LIMIT, LIMIT).mul_(scale), None
+    size, few = values.numel(), _compiled().FEW
+    result, outside = scratch((size,), torch.float32), scratch((-(-size // few),), torch.bool)
+    _run("round_trip", size, few, inverse, np.float32(scale), limit(scale), values, outside, result)
+    return result.as_strided(values.shape, values.stride()), outside
 
 
-def clear_outside(grad: Tensor, values: Tensor, limit: float) -> Tensor:
-    """``grad``, in place, with 0 where |value| > limit or the value is NaN; float32, same shape as the values."""
+def clear_outside(grad: Tensor, values: Tensor, scale: float, outside: Tensor | None = None) -> Tensor:
+    """``grad``, in place, with 0 where a value was cut or is NaN; float32, same shape as the values.
+
+    ``outside`` are the notes that :func:`round_trip` made of the same values: with them most need not be read.
+    """
     alike = grad.shape == values.shape and grad.stride() == values.stride()
-    if not (alike and _compiled_takes(values) and _compiled_takes(grad)):
-        return grad.masked_fill_(~(values.abs() <= limit), 0.0)
-    compiled = _compiled()
-    with torch_threads(compiled.numba):
-        compiled.clear_outside(_in_memory(grad).numpy(), _in_memory(values).numpy(), np.float32(limit))
+    if outside is None or not (alike and _compiled_takes(grad)):
+        return grad.masked_fill_(~(values.abs() <= float(limit(scale))), 0.0)
+    _run("clear_outside", values.numel(), _compiled().FEW, limit(scale), grad, values, outside)
     return grad
+
+
+def limit(scale: float) -> np.float32:
+    """The largest magnitude that is not cut: half a step above the largest code."""
+    return np.float32(scale) * np.float32(LIMIT + 0.5)
 
 
 def _compiled_takes(values: Tensor) -> bool:
     """Whether the compiled passes can run over a tensor's memory: dense float32 on the CPU, with numba at hand."""
     dense = values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
     return dense and values.dtype == torch.float32 and values.device.type == "cpu" and _compiled() is not None
-
-
-def _in_memory(values: Tensor) -> Tensor:
-    """The values of a dense tensor as they lie in memory: a view, [numel]."""
-    return values.detach().as_strided((values.numel(),), (1,))
 
 
 def _by_torch(
@@ -149,12 +196,16 @@ def _by_torch(
 
 
 @functools.lru_cache(maxsize=256)
-def _instructions(factors: Factors, side: str) -> tuple[np.ndarray, np.ndarray]:
+def _instructions(factors: Factors, side: str) -> tuple[int, np.ndarray, int, np.ndarray]:
     """What the compiled pass reads: R masks as bytes, or R rows of 256 bytes, indexed by the byte of the code."""
     if factors.masks is not None:
-        return np.array([pair[side == "v"] for pair in factors.masks], np.uint8), np.empty((0, 256), np.uint8)
+        return factors.rank, np.array([pair[side == "v"] for pair in factors.masks], np.uint8), 0, _NOTHING
     table = getattr(factors, side).to(torch.int8).numpy().view(np.uint8)
-    return np.empty(0, np.uint8), np.roll(table, -128, axis=1)  # position 0 is code 0, position 255 code -1
+    return 0, _NOTHING, factors.rank, np.roll(table, -128, axis=1)  # position 0 is code 0, position 255 code -1
+
+
+_NOTHING = np.empty(0, np.uint8)
+_ALL_BITS = 1, np.array([255], np.uint8), 0, _NOTHING  # codes as they are
 
 
 @functools.cache
@@ -164,14 +215,3 @@ def _compiled() -> ModuleType | None:
         return importlib.import_module("axmoe_lite.kernels.compiled")
     except ImportError:
         return None
-
-
-@contextlib.contextmanager
-def torch_threads(numba: ModuleType) -> Iterator[None]:
-    """As many threads inside as torch may use: whoever limits torch means this too."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)

@@ -17,13 +17,12 @@ copied; the few positions that fall between rows or images are computed too, and
 Chapter: 04, "Faster than float32?"
 """
 
-import contextlib
 import functools
 import importlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from math import ceil
 from types import ModuleType
@@ -65,7 +64,8 @@ def matmul(a: Tensor, b: Tensor, table: Tensor) -> Tensor:
         return matmul(b.T, a.T, table.T).T.contiguous()
     pitch = _padded(m) | 64  # an odd number of cache lines: with a power of two all rows would share a few places
     buffer = np.empty((k, pitch), np.uint8)
-    _compiled().transpose(a.contiguous().numpy().view(np.uint8), buffer)
+    compiled = _compiled()
+    compiled.run(compiled.transpose, 1, *a.shape, buffer.shape[1], a.contiguous(), buffer)
     offsets = np.arange(k, dtype=np.int64)[None] * pitch
     out = np.empty((n, pitch), np.int32)
     rows = _prepare(b.T, table, positive=int(a.min()) >= 0, positions=m)
@@ -202,38 +202,25 @@ def _prepare(weights: Tensor, table: Tensor, *, positive: bool, positions: int, 
     codes = np.ascontiguousarray(weights.numpy()).view(np.uint8)
     entries, smallest, planes = _entries(table, positive)
     if backend() == "permute" and planes is not None:
-        work, operand = compiled.permute_rows, planes
+        work, operand = compiled.permute_parts, planes
         initial = smallest[codes].sum(axis=1).astype(np.int32)  # may wrap, as the rest does, back into range
     else:
         initial = np.zeros(len(codes), np.int32)
         few = positions < FEWEST[0] or len(codes) // groups < FEWEST[1]
-        work, operand = compiled.single_rows if few else compiled.loop_rows, entries
+        work, operand = compiled.single_parts if few else compiled.loop_parts, entries
 
     def rows(buffer: np.ndarray, offsets: np.ndarray, out: np.ndarray, m: int) -> None:
-        operands, outputs = (buffer, offsets, codes, operand, initial, out), len(codes)
+        outputs = len(codes)
         threads = min(torch.get_num_threads(), 1 + m * codes.size // WORTH_A_THREAD)
-        if threads == 1:
-            return work(*operands, 0, outputs, 0, m)
         length = 256 * ceil(m / threads / 256)
         share = ceil(outputs / max(1, threads // ceil(m / length)))  # outputs are cut where positions are too few
-        parts = product(range(0, outputs, share), range(0, m, length))
-        limits = [(o, min(o + share, outputs), start, min(start + length, m)) for o, start in parts]
-        with _threads(threads):
-            compiled.PARALLEL[work](*operands, np.array(limits, np.int64))
+        limits = product(range(0, outputs, share), range(0, m, length))
+        parts = np.array([(o, min(o + share, outputs), start, min(start + length, m)) for o, start in limits], np.int64)
+        sizes = (buffer.size, *offsets.shape, outputs, out.shape[1])
+        arrays = (parts, buffer, offsets, codes, initial, out)
+        compiled.run(work, len(parts), *map(int, sizes), *arrays, operand.shape[-1], np.ascontiguousarray(operand))
 
     return rows
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """At most so many of numba's threads inside."""
-    numba = importlib.import_module("numba")
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
 
 
 _remembered: OrderedDict[tuple, tuple[Tensor, tuple]] = OrderedDict()

@@ -23,9 +23,12 @@ import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from axmoe_lite.kernels.team import loop, next_task, pointer
+from axmoe_lite.kernels.team import run as run  # for callers, who may not import numba
 
 LANES = 64  # bytes of a 512-bit register; out's rows are padded to a multiple of it
 WIDE = 4  # registers of activations that share one load of a table row: 4 x 4 accumulators leave 16 registers free
@@ -46,14 +49,6 @@ def obstacle() -> str:
     features = llvmlite.binding.get_host_cpu_features()
     missing = [name for name in ("avx512f", "avx512bw", "avx512vbmi") if not features.get(name)]
     return f"this CPU has no {', '.join(missing)}" if missing else ""
-
-
-def _compiled(function: Callable, *, parallel: bool = False) -> Callable:
-    """Machine code at the first call, kept on disk for the next process where any cache folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True, parallel=parallel)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache: compile in every process
-        return numba.njit(nogil=True, parallel=parallel)(function)
 
 
 def _load(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value) -> ir.Value:
@@ -142,7 +137,7 @@ _signed_wide, _signed_narrow = _panel(4, WIDE), _panel(4, 1)
 _positive_wide, _positive_narrow = _panel(2, WIDE), _panel(2, 1)
 
 
-@_compiled
+@numba.njit(nogil=True)
 def permute_rows(buffer, offsets, weights, planes, initial, out, o_start, o_stop, m_start, m_stop):
     """64 lookups at a time, for tables whose rows span at most 16 bits.
 
@@ -201,7 +196,7 @@ def _add_two_rows(typing_context, total, first, second):
     return signature, generate
 
 
-@_compiled
+@numba.njit(nogil=True)
 def loop_rows(buffer, offsets, weights, table, initial, out, o_start, o_stop, m_start, m_stop):
     """16 outputs at a time, two k together: their products with every activation, side by side, are one row.
 
@@ -268,10 +263,13 @@ def _transpose_8_by_8(typing_context, source, source_pitch, place, place_pitch):
     return signature, generate
 
 
-@_compiled
-def transpose(source, place):
-    """place[k, m] = source[m, k]: uint8 [M, K] to [K, M or more]."""
-    (rows, columns), pitch = source.shape, place.shape[1]
+@loop
+def transpose(arguments):
+    """place[k, m] = source[m, k]: uint8 [M, K] to [K, pitch]; one task."""
+    a = carray(arguments, 7, np.int64)
+    rows, columns, pitch = a[2], a[3], a[4]
+    source = carray(pointer(a[5]), (rows, columns), np.uint8)
+    place = carray(pointer(a[6]), (columns, pitch), np.uint8)
     for top in range(0, rows, 64):  # 64 x 64 bytes: whole cache lines on both sides
         for left in range(0, columns, 64):
             for m in range(top, min(top + 64, rows), 8):
@@ -286,7 +284,7 @@ def transpose(source, place):
                                 place[j, i] = source[i, j]
 
 
-@_compiled
+@numba.njit(nogil=True)
 def single_rows(buffer, offsets, weights, table, initial, out, o_start, o_stop, m_start, m_stop):
     """One lookup after the other. Arguments as :func:`loop_rows`."""
     fan_in = weights.shape[1]
@@ -301,28 +299,50 @@ def single_rows(buffer, offsets, weights, table, initial, out, o_start, o_stop, 
                 total[m] += entries[seen[m]]
 
 
-# numba's threads, not Python's: after an operation of torch, its threads stay awake on every core for a while,
-# and threads that are started then wait for them. numba's are awake too, and the work is theirs at once.
+@numba.njit(nogil=True)
+def _arrays(arguments):
+    """What every loop below is given: parts of out to do, and the arrays of :func:`permute_rows` but one."""
+    a = carray(arguments, 14, np.int64)
+    size, groups, fan_in, outputs, pitch = a[2], a[3], a[4], a[5], a[6]
+    return (
+        carray(pointer(a[7]), (a[1], 4), np.int64),  # o_start, o_stop, m_start, m_stop of each part
+        carray(pointer(a[8]), size, np.uint8),
+        carray(pointer(a[9]), (groups, fan_in), np.int64),
+        carray(pointer(a[10]), (outputs, fan_in), np.uint8),
+        carray(pointer(a[11]), outputs, np.int32),
+        carray(pointer(a[12]), (outputs, pitch), np.int32),
+        a[13],
+    )
 
 
-def _permute_parts(buffer, offsets, weights, planes, initial, out, parts):
-    for p in numba.prange(len(parts)):
+@loop
+def permute_parts(arguments):
+    """:func:`permute_rows`, shared out."""
+    parts, buffer, offsets, weights, initial, out, values = _arrays(arguments)
+    planes = carray(pointer(carray(arguments, 15, np.int64)[14]), (256, 2, values), np.uint8)
+    p = next_task(arguments)
+    while p < parts.shape[0]:
         permute_rows(buffer, offsets, weights, planes, initial, out, parts[p, 0], parts[p, 1], parts[p, 2], parts[p, 3])
+        p = next_task(arguments)
 
 
-def _loop_parts(buffer, offsets, weights, table, initial, out, parts):
-    for p in numba.prange(len(parts)):
+@loop
+def loop_parts(arguments):
+    """:func:`loop_rows`, shared out."""
+    parts, buffer, offsets, weights, initial, out, values = _arrays(arguments)
+    table = carray(pointer(carray(arguments, 15, np.int64)[14]), (256, values), np.int32)
+    p = next_task(arguments)
+    while p < parts.shape[0]:
         loop_rows(buffer, offsets, weights, table, initial, out, parts[p, 0], parts[p, 1], parts[p, 2], parts[p, 3])
+        p = next_task(arguments)
 
 
-def _single_parts(buffer, offsets, weights, table, initial, out, parts):
-    for p in numba.prange(len(parts)):
+@loop
+def single_parts(arguments):
+    """:func:`single_rows`, shared out."""
+    parts, buffer, offsets, weights, initial, out, values = _arrays(arguments)
+    table = carray(pointer(carray(arguments, 15, np.int64)[14]), (256, values), np.int32)
+    p = next_task(arguments)
+    while p < parts.shape[0]:
         single_rows(buffer, offsets, weights, table, initial, out, parts[p, 0], parts[p, 1], parts[p, 2], parts[p, 3])
-
-
-# The same work in parts, int64 [parts, 4] of o_start, o_stop, m_start, m_stop.
-PARALLEL = {
-    permute_rows: _compiled(_permute_parts, parallel=True),
-    loop_rows: _compiled(_loop_parts, parallel=True),
-    single_rows: _compiled(_single_parts, parallel=True),
-}
+        p = next_task(arguments)

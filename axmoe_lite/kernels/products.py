@@ -9,13 +9,13 @@ written. The bits are the same.
 Chapter: 04, "Faster than float32?"
 """
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from axmoe_lite import kernels
 from axmoe_lite.factors import factorise
 from axmoe_lite.kernels import factored, int8
-from axmoe_lite.kernels.encode import codes_of, encode
+from axmoe_lite.kernels.encode import codes_of, encode_unsigned
 from axmoe_lite.multipliers import Multiplier
 
 
@@ -24,17 +24,18 @@ class _Product:
 
     Args:
         weight: int8 codes, [O, c, KH, KW] or [O, C].
-        scale: float32 [O].
+        scale_w: float32 [O] or [], what one step of a weight's code means.
+        scale_x: the same for activations; positive.
         bias: float32 [O] or None.
-        scale_x: what one step of an activation's code means; positive.
     """
 
     def __init__(
-        self, weight: Tensor, multiplier: Multiplier, *, scale: Tensor, bias: Tensor | None, scale_x: Tensor | float
+        self, weight: Tensor, multiplier: Multiplier, *, scale_w: Tensor, scale_x: Tensor | float, bias: Tensor | None
     ) -> None:
         self.weight, self.multiplier, self.bias = weight, multiplier, bias
-        self.scale = scale.contiguous()
-        self.inverse_scale = float(1.0 / torch.as_tensor(scale_x, dtype=torch.float32))
+        self.scale_w, self.scale_x = scale_w.view(-1, *[1] * (weight.ndim - 1)), float(scale_x)
+        self.scale = (scale_w * self.scale_x).expand(len(weight)).contiguous()
+        self.inverse_scale = float(np.float32(1) / np.float32(self.scale_x))
         self.factors = factorise(multiplier)
         fan_in = weight[0].numel()
         # Ranks that a lookup beats go there; see kernels.crossover_rank.
@@ -62,11 +63,12 @@ class ConvProduct(_Product):
 
     Takes what :class:`_Product` takes, and ``stride``, ``padding``, ``dilation`` (pairs) and ``groups``.
 
+    >>> import torch
     >>> from axmoe_lite import multiplier
     >>> weight = torch.full((1, 1, 1, 1), 5, dtype=torch.int8)
-    >>> product = ConvProduct(weight, multiplier("mul8s_1L2J"), scale=torch.ones(1), bias=None, scale_x=0.1)
-    >>> product(torch.full((1, 1, 1, 1), 0.7)).item()  # M(7, 5) = 6 * 4
-    24.0
+    >>> product = ConvProduct(weight, multiplier("mul8s_1L2J"), scale_w=torch.tensor(0.5), scale_x=0.25, bias=None)
+    >>> product(torch.full((1, 1, 1, 1), 1.75)).item()  # M(7, 5) = 6 * 4, times 0.125
+    3.0
     """
 
     def __init__(
@@ -74,15 +76,15 @@ class ConvProduct(_Product):
         weight: Tensor,
         multiplier: Multiplier,
         *,
-        scale: Tensor,
-        bias: Tensor | None,
+        scale_w: Tensor,
         scale_x: Tensor | float,
+        bias: Tensor | None,
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        super().__init__(weight, multiplier, scale=scale, bias=bias, scale_x=scale_x)
+        super().__init__(weight, multiplier, scale_w=scale_w, scale_x=scale_x, bias=bias)
         self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
     def options_of_units(self) -> dict:
@@ -94,15 +96,11 @@ class ConvProduct(_Product):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bytewise and x.numel():
-            image, _ = factored.padded(x, self.options["padding"], self.factors)
-            offset = 128 if _has_negative(image, self.inverse_scale) else 0
+            image, _ = factored.padded(x.float(), self.options["padding"], self.factors)
+            rows, groups = image.permute(0, 2, 3, 1), self.options["groups"]
+            image, offset = encode_unsigned(rows, self.factors, inverse_scale=self.inverse_scale, groups=groups)
             if (units := self.units(offset)) is not None:
-                quantisation = {"inverse_scale": self.inverse_scale, "least": -127 if offset else 0}
-                groups = self.options["groups"]
-                image = factored.first_operands(
-                    image.float(), self.factors, groups=groups, offset=offset, **quantisation
-                )
-                return units(image.view(torch.uint8))
+                return units(image.permute(0, 3, 1, 2))
         codes = codes_of(x, self.inverse_scale)
         return self._rescaled(kernels.conv2d(codes, self.weight, self.multiplier, **self.options), axis=1)
 
@@ -114,13 +112,10 @@ class LinearProduct(_Product):
         return int8.PackedLinear(terms, self.scale, self.bias, offset)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.bytewise and x.numel() and (units := self.units(128)) is not None:
-            return units(encode(x.float(), self.factors, inverse_scale=self.inverse_scale, offset=128))
+        if self.bytewise and x.numel():
+            rows, offset = encode_unsigned(x.float(), self.factors, inverse_scale=self.inverse_scale)
+            if (units := self.units(offset)) is not None:
+                return units(rows)
         codes = codes_of(x, self.inverse_scale)
         sums = kernels.matmul(codes.flatten(0, -2), self.weight.T, self.multiplier)
         return self._rescaled(sums, axis=-1).unflatten(0, x.shape[:-1])
-
-
-def _has_negative(x: Tensor, inverse_scale: float) -> bool:
-    """Whether some value has a code below 0 (-0.5 of a step has code 0); yes, to be safe, if there are NaN."""
-    return not bool(x.amin() * inverse_scale >= -0.5)

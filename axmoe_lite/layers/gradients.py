@@ -18,13 +18,15 @@ Chapter: 04, "Faster than float32?"
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from axmoe_lite import kernels, quant
+from axmoe_lite.kernels.encode import clear_outside, round_trip
 from axmoe_lite.multipliers import Multiplier
 
 GRADIENTS = ("straight-through", "smoothed")
@@ -75,46 +77,61 @@ def _look_up(row: Tensor, codes: Tensor) -> Tensor:
     return row[codes.long() + 128]
 
 
+def _meant(x: Tensor, scale: Tensor) -> Tensor:
+    """The values that the codes of x mean, in memory that the next such call overwrites."""
+    return round_trip(x, float(scale))[0]
+
+
+def _stopped(grad: Tensor, x: Tensor, scale: Tensor | float, outside: Tensor | None = None) -> Tensor:
+    """The gradient, in place, with 0 where x was clipped; of x's type."""
+    return clear_outside(grad, x, float(scale), outside).to(x.dtype)
+
+
+def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+    # The product goes along, because its scale and codes are those of the weights as they were.
+    ctx.save_for_backward(x)
+    ctx.layer, ctx.product, ctx.weight_dtype = layer, layer.product(), weight.dtype
+    return ctx.product(x)
+
+
 class Convolution(torch.autograd.Function):
     """y = layer.product()(x); x [N, C, H, W], weight [O, c, KH, KW], bias [O] or None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, layer.scale_x)
-        ctx.layer = layer
-        return layer.product()(x)
+        return _forward(ctx, x, weight, layer)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale_x = ctx.saved_tensors
-        layer, wanted = ctx.layer, ctx.needs_input_grad
-        scale_w = layer.scale_w().view(-1, 1, 1, 1)
-        grad = grad.float()
+        (x,), layer, product, wanted = ctx.saved_tensors, ctx.layer, ctx.product, ctx.needs_input_grad
+        grad, outside = grad.float(), None
 
         def backward(first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool]) -> tuple:
             options = (layer.stride, layer.code_padding, layer.dilation, False, (0, 0), layer.groups)
             return torch.ops.aten.convolution_backward(grad, first, second, None, *options, (*which, False))[:2]
 
         if layer.gradient == "straight-through":
-            seen, used = quant.fake(x, scale_x), quant.fake(weight, scale_w)
+            used = product.weight.float().mul_(product.scale_w)
+            seen, outside = round_trip(x, product.scale_x) if wanted[1] else (x.float(), None)
             grad_x, grad_weight = backward(seen, used, grad, wanted[:2])
         else:
-            codes, weight_codes = quant.quantise(x, scale_x), quant.quantise(weight, scale_w)
-            grad_x = grad_weight = None
+            codes, parts_x, parts_weight = quant.quantise(x, product.scale_x), [], []
             if wanted[0]:
-                scaled = grad * scale_w.view(-1, 1, 1)
-                for p, q in _terms(layer, "a", x.device):
-                    part, _ = backward(x.float(), _look_up(q, weight_codes), scaled, (True, False))
-                    part *= _look_up(p, codes)
-                    grad_x = part if grad_x is None else grad_x.add_(part)
+                scaled = grad * product.scale_w.flatten(1)[..., None]
+                parts_x = (
+                    backward(x.float(), _look_up(q, product.weight), scaled, (True, False))[0] * _look_up(p, codes)
+                    for p, q in _terms(layer, "a", x.device)
+                )
             if wanted[1]:
-                for p, q in _terms(layer, "b", x.device):
-                    first = _look_up(p, codes).mul_(scale_x)
-                    _, part = backward(first, weight.float(), grad, (False, True))
-                    part *= _look_up(q, weight_codes)
-                    grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        grad_x = quant.stop_outside(grad_x, x, scale_x).to(x.dtype) if wanted[0] else None
-        grad_weight = grad_weight.to(weight.dtype) if wanted[1] else None
+                parts_weight = (
+                    backward(_look_up(p, codes), used, grad, (False, True))[1] * _look_up(q, product.weight)
+                    for used in [product.weight.float()]
+                    for p, q in _terms(layer, "b", x.device)
+                )
+            grad_x, grad_weight = _total(parts_x, x), _total(parts_weight, product.weight).mul_(product.scale_x)
+        grad_x = _stopped(grad_x, x, product.scale_x, outside) if wanted[0] else None
+        grad_weight = grad_weight.to(ctx.weight_dtype) if wanted[1] else None
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if wanted[2] else None, None
 
 
@@ -123,37 +140,32 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, layer.scale_x)
-        ctx.layer = layer
-        return layer.product()(x)
+        return _forward(ctx, x, weight, layer)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale_x = ctx.saved_tensors
-        layer, wanted = ctx.layer, ctx.needs_input_grad
-        scale_w = layer.scale_w().view(-1, 1)
+        (x,), layer, product, wanted = ctx.saved_tensors, ctx.layer, ctx.product, ctx.needs_input_grad
         grad, rows = grad.float().flatten(0, -2), x.flatten(0, -2)
-        grad_x = grad_weight = None
+        grad_x = grad_weight = outside = None
         if layer.gradient == "straight-through":
             if wanted[0]:
-                grad_x = grad @ quant.fake(weight, scale_w)
+                grad_x = grad @ product.weight.float().mul_(product.scale_w)
             if wanted[1]:
-                grad_weight = grad.T @ quant.fake(rows, scale_x)
+                seen, outside = round_trip(rows, product.scale_x)
+                grad_weight = grad.T @ seen
         else:
-            codes, weight_codes = quant.quantise(rows, scale_x), quant.quantise(weight, scale_w)
+            codes, scaled = quant.quantise(rows, product.scale_x), grad * product.scale_w.flatten()
             if wanted[0]:
-                scaled = grad * scale_w.view(-1)
-                parts = (
-                    scaled @ _look_up(q, weight_codes) * _look_up(p, codes) for p, q in _terms(layer, "a", x.device)
-                )
+                terms = _terms(layer, "a", x.device)
+                parts = (scaled @ _look_up(q, product.weight) * _look_up(p, codes) for p, q in terms)
                 grad_x = _total(parts, rows)
             if wanted[1]:
-                parts = (
-                    grad.T @ _look_up(p, codes) * _look_up(q, weight_codes) for p, q in _terms(layer, "b", x.device)
-                )
-                grad_weight = _total(parts, weight) * scale_x
-        grad_x = quant.stop_outside(grad_x, rows, scale_x).to(x.dtype).view(x.shape) if wanted[0] else None
-        grad_weight = grad_weight.to(weight.dtype) if wanted[1] else None
+                terms = _terms(layer, "b", x.device)
+                parts = (grad.T @ _look_up(p, codes) * _look_up(q, product.weight) for p, q in terms)
+                grad_weight = _total(parts, product.weight).mul_(product.scale_x)
+        grad_x = _stopped(grad_x, rows, product.scale_x, outside).view(x.shape) if wanted[0] else None
+        grad_weight = grad_weight.to(ctx.weight_dtype) if wanted[1] else None
         return grad_x, grad_weight, grad.sum(0) if wanted[2] else None, None
 
 
@@ -168,13 +180,14 @@ class Activations(torch.autograd.Function):
         return kernels.matmul(*codes, layer.multiplier).float().mul_(layer.scale_a * layer.scale_b)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale_a, scale_b = ctx.saved_tensors
         layer, (want_a, want_b, _) = ctx.layer, ctx.needs_input_grad
         grad, grad_a, grad_b = grad.float(), None, None
         if layer.gradient == "straight-through":
-            grad_a = grad @ quant.fake(b, scale_b).mT if want_a else None
-            grad_b = quant.fake(a, scale_a).mT @ grad if want_b else None
+            grad_a = grad @ _meant(b, scale_b).mT if want_a else None
+            grad_b = _meant(a, scale_a).mT @ grad if want_b else None
         else:
             x, y = quant.quantise(a, scale_a), quant.quantise(b, scale_b)
             if want_a:
@@ -183,12 +196,12 @@ class Activations(torch.autograd.Function):
             if want_b:
                 parts = (_look_up(p, x).mT @ grad * _look_up(q, y) for p, q in _terms(layer, "b", a.device))
                 grad_b = _total(parts, b) * scale_a
-        grad_a = quant.stop_outside(grad_a, a, scale_a).to(a.dtype) if want_a else None
-        grad_b = quant.stop_outside(grad_b, b, scale_b).to(b.dtype) if want_b else None
+        grad_a = _stopped(grad_a, a, scale_a) if want_a else None
+        grad_b = _stopped(grad_b, b, scale_b) if want_b else None
         return grad_a, grad_b, None
 
 
-def _total(parts: Iterator[Tensor], like: Tensor) -> Tensor:
+def _total(parts: Iterable[Tensor], like: Tensor) -> Tensor:
     total = None
     for part in parts:
         total = part if total is None else total.add_(part)

@@ -3,6 +3,7 @@
 Chapter: 03, "What happens to a network?"
 """
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Approximate(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        return all(bool(torch.isfinite(getattr(self, scale))) for scale in self.SCALES)
+        return all(math.isfinite(getattr(self, scale)) for scale in self.SCALES)
 
     def _check_calibrated(self) -> None:
         if not self.calibrated:
@@ -80,11 +81,6 @@ class _Weighted(Approximate):
         self.weight, self.bias = exact.weight, exact.bias
         self._kept = _Kept()
 
-    def scale_w(self) -> Tensor:
-        """float32 [O], the weights' scale of each output."""
-        scale = quant.weight_scale(self.weight, per_channel=self.per_channel)
-        return scale.expand(self.weight.shape[0])
-
     def product(self) -> ConvProduct | LinearProduct:
         """The layer's product by law (1), made anew only when weight, bias, scale or multiplier have changed.
 
@@ -99,10 +95,11 @@ class _Weighted(Approximate):
                 return kept.product
         self._check_calibrated()
         with torch.no_grad():
-            scale_w = self.scale_w()
-            codes = quant.quantise(self.weight, scale_w.view(-1, *[1] * (self.weight.ndim - 1)))
+            scale_w = quant.weight_scale(self.weight, per_channel=self.per_channel)
+            spread = scale_w.view(-1, *[1] * (self.weight.ndim - 1)) if self.per_channel else scale_w
+            codes = quant.quantise(self.weight, spread)
             bias = None if self.bias is None else self.bias.float()
-            product = self._make(codes, self.scale_x * scale_w, bias)
+            product = self._make(codes, scale_w, bias)
         if self.training:
             kept.product = None
         else:
@@ -128,14 +125,14 @@ class ApproxConv2d(_Weighted):
         self.image_padding = None if plain else tuple(exact._reversed_padding_repeated_twice)
         self.code_padding = tuple(exact.padding) if plain else (0, 0)
 
-    def _make(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> ConvProduct:
+    def _make(self, codes: Tensor, scale_w: Tensor, bias: Tensor | None) -> ConvProduct:
         options = {
             "stride": self.stride,
             "padding": self.code_padding,
             "dilation": self.dilation,
             "groups": self.groups,
         }
-        return ConvProduct(codes, self.multiplier, scale=scale, bias=bias, scale_x=self.scale_x, **options)
+        return ConvProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.histograms is not None:
@@ -156,8 +153,8 @@ class ApproxLinear(_Weighted):
         super().__init__(exact, multiplier, **options)
         self.in_features, self.out_features = exact.in_features, exact.out_features
 
-    def _make(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> LinearProduct:
-        return LinearProduct(codes, self.multiplier, scale=scale, bias=bias, scale_x=self.scale_x)
+    def _make(self, codes: Tensor, scale_w: Tensor, bias: Tensor | None) -> LinearProduct:
+        return LinearProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.histograms is not None:
