@@ -10,7 +10,7 @@ Accuracy lies in [0, 1]; units are suffixes (power_mw, delay_ns).
 
 The modules, each importing only those before it:
 
-    paths multipliers factors kernels quant layers models datasets train runs plots __main__
+    paths multipliers factors kernels quant layers pipeline models datasets train runs bench plots __main__
 """
 
 __version__ = "0.1.0"
@@ -20,11 +20,13 @@ from axmoe_lite.kernels import conv2d, matmul
 from axmoe_lite.layers import (
     ApproxConv2d,
     ApproxLinear,
+    ApproxMatmul,
     approximate,
     assignment_of,
     restore,
 )
 from axmoe_lite.multipliers import EVOAPPROX, EXACT, PAPER_EIGHT, Multiplier, errors, multiplier
+from axmoe_lite.pipeline import freeze
 
 __all__ = [
     "EVOAPPROX",
@@ -32,6 +34,7 @@ __all__ = [
     "PAPER_EIGHT",
     "ApproxConv2d",
     "ApproxLinear",
+    "ApproxMatmul",
     "Factors",
     "Multiplier",
     "approximate",
@@ -40,6 +43,7 @@ __all__ = [
     "errors",
     "exact_arithmetic",
     "factorise",
+    "freeze",
     "matmul",
     "multiplier",
     "restore",

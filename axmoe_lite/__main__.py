@@ -1,4 +1,4 @@
-"""The command line: ``axmoe book`` executes every chapter and builds the book."""
+"""The command line: ``axmoe book`` executes every chapter and builds the book, ``axmoe bench`` measures speed."""
 
 import argparse
 import json
@@ -14,15 +14,72 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0: done, 1: a chapter or the build failed)."""
+    """Run one command; returns the exit status (0: done, 1: it failed, 2: it was asked for what does not exist)."""
     parser = argparse.ArgumentParser(prog="axmoe", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     book = commands.add_parser(
         "book", help="execute every chapter with papermill, then build the HTML book", allow_abbrev=False
     )
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
+    bench = commands.add_parser(
+        "bench", help="measure speed against float32 on this machine, in turns", allow_abbrev=False
+    )
+    bench.add_argument("--cases", default="", help="groups of cases, as in gemm,resnet20 (default: all)")
+    bench.add_argument("--threads", default="", help="numbers of threads, as in 1,2 (default: 1, and 2 if there are)")
+    bench.add_argument("--repeats", type=int, help="turns of each case (default: 9, or 3 with --quick)")
+    bench.add_argument("--quick", action="store_true", help="fewer and smaller: about a minute")
+    bench.add_argument("--record", action="store_true", help="write data/results/speed_*.csv (the cache, if quick)")
     chosen = parser.parse_args(arguments)
-    return build_book(scale=chosen.scale)
+    if chosen.command == "book":
+        return build_book(scale=chosen.scale)
+    try:
+        work = speed_work(chosen)
+    except ValueError as wrong:  # a typo: nothing has been measured yet
+        bench.error(str(wrong))
+    return measure_speed(work, record=chosen.record)
+
+
+def speed_work(chosen: argparse.Namespace) -> dict:
+    """What ``axmoe bench`` was asked to do, as arguments of :func:`axmoe_lite.bench.run`.
+
+    Raises:
+        ValueError: for cases, threads or repeats that cannot be.
+    """
+    from axmoe_lite import bench
+
+    repeats = (3 if chosen.quick else 9) if chosen.repeats is None else chosen.repeats
+    if repeats < 1:
+        raise ValueError(f"--repeats is {repeats}; at least 1 turn is needed.")
+    cores = bench.cores()
+    counts = (chosen.threads or ("1,2" if cores > 1 else "1")).split(",")
+    if not all(count.strip().isdigit() and 1 <= int(count) <= cores for count in counts):
+        raise ValueError(
+            f"--threads is {chosen.threads!r}; this machine has {cores} cores: give 1 to {cores}, as in 1,2."
+        )
+    names = [name.strip() for name in chosen.cases.split(",")] if chosen.cases else list(bench.CASES)
+    return {
+        "builders": bench.builders(names, quick=chosen.quick),
+        "thread_counts": [int(count) for count in counts],
+        "repeats": repeats,
+        "scale": "quick" if chosen.quick else "paper",
+    }
+
+
+def measure_speed(work: dict, *, record: bool) -> int:
+    """``axmoe bench``: one table a case as soon as it is measured, and rows of evidence if wanted."""
+    from tqdm.auto import tqdm
+
+    from axmoe_lite import bench, runs
+
+    def done(rows: list[dict]) -> None:
+        tqdm.write(bench.table(rows) + "\n")
+        if record:  # at once: what is measured stays if a later case fails
+            bench.record(rows)
+
+    known = ", ".join(f"{name} {value}" for name, value in bench.machine().items())
+    print(f"on {runs.device_name('cpu').rsplit(',', 1)[0]} ({known})")
+    bench.run(**work, done=done)
+    return 0
 
 
 def chapters() -> list[Path]:

@@ -8,6 +8,7 @@ Chapter: 03, "What happens to a network?"
 
 import csv
 import datetime
+import math
 import os
 import platform
 import re
@@ -38,20 +39,25 @@ EVIDENCE = (
 )
 
 
-def evidence(images: Images, *, scale: str, seed: int, epochs: int, device: str = "cpu") -> dict:
+def evidence(images: Images | int, *, scale: str, seed: int, epochs: int, device: str = "cpu") -> dict:
     """The evidence columns that all rows of one run share (``seconds`` belongs to each row).
 
     Args:
-        images: the set the numbers were measured on.
+        images: the set the numbers were measured on; or, where only time was measured, how many random
+            inputs went in.
         scale: ``"quick"`` or ``"paper"``.
         seed, epochs: of the training behind the numbers.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; it can be {', '.join(map(repr, SCALES))}.")
+    if isinstance(images, int):
+        name, n_train, n_test = "random numbers", 0, images
+    else:
+        name, n_train, n_test = images.name, len(images.x_train), len(images.x_test)
     return {
-        "dataset": images.name,
-        "n_train": len(images.x_train),
-        "n_test": len(images.x_test),
+        "dataset": name,
+        "n_train": n_train,
+        "n_test": n_test,
         "scale": scale,
         "seed": seed,
         "epochs": epochs,
@@ -157,19 +163,42 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def interleaved(calls: dict[str, Callable[[], object]], *, repeats: int = 7) -> dict[str, float]:
-    """Median seconds of each call, measured in turns so that a slow moment of the machine hits all alike.
+def turns(
+    calls: dict[str, Callable[[], object]], *, repeats: int = 7, at_least: float = 0.005
+) -> dict[str, list[float]]:
+    """Seconds of each call in each turn: all have their go once a turn, so that a slow moment hits all alike.
 
-    Compare the results as ratios, and name the machine. Each call is made once before, unmeasured.
+    Compare them as ratios within a turn, and name the machine. A short call is repeated until ``at_least``
+    seconds are filled, after one unmeasured call: what ran before it left the caches and the units in a state
+    that is not its own.
+
+    >>> {name: len(seconds) for name, seconds in turns({"a": lambda: 1, "b": lambda: 2}, repeats=3).items()}
+    {'a': 3, 'b': 3}
+    """
+    often = {}
+    for name, call in calls.items():
+        call()  # may compile, or lay weights out
+        often[name] = max(1, math.ceil(at_least / max(_seconds(call), 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if often[name] > 1:
+                call()
+            seconds[name].append(_seconds(call, often[name]))
+    return seconds
+
+
+def _seconds(call: Callable[[], object], often: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(often):
+        call()
+    return (time.perf_counter() - start) / often
+
+
+def interleaved(calls: dict[str, Callable[[], object]], *, repeats: int = 7) -> dict[str, float]:
+    """Median seconds of each call, measured in :func:`turns`.
 
     >>> sorted(interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3))
     ['a', 'b']
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in turns(calls, repeats=repeats).items()}

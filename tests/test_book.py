@@ -37,6 +37,11 @@ def test_the_network_chapter_runs_on_another_image_set(tmp_path):
     assert (tmp_path / "data" / "cache" / "results" / "resilience_resnet20_synthetic.csv").exists()
 
 
+def test_the_speed_chapter_runs_where_nothing_was_recorded(tmp_path):
+    notebook = papermill(chapters()[3], tmp_path / "out.ipynb", "-p", "repeats", "1", home=tmp_path)
+    assert "ResNet-20 forward, 8 images, 1 thread" in shown(notebook) and "Nothing was recorded here" in shown(notebook)
+
+
 def test_pages_keep_no_widget(tmp_path):
     view = {"output_type": "display_data", "metadata": {}, "data": {WIDGET: {"model_id": "1"}, "text/plain": "bar"}}
     text = {"output_type": "stream", "name": "stdout", "text": "kept"}
@@ -55,7 +60,7 @@ def test_papermill_prints_a_help_for_every_parameter():
 
 
 def test_chapters_are_in_reading_order():
-    assert [path.stem for path in chapters()] == ["01_multipliers", "02_factors", "03_networks"]
+    assert [path.stem for path in chapters()] == ["01_multipliers", "02_factors", "03_networks", "04_speed"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["bok"], ["book", "--scale", "papr"], ["book", "--scal", "quick"]])

@@ -14,9 +14,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
-STAIRCASE = (
-    "paths multipliers factors kernels quant layers models datasets train runs plots __main__".split()  # noqa: SIM905
-)
+STAIRCASE = (  # noqa: SIM905
+    "paths multipliers factors kernels quant layers pipeline models datasets train runs bench plots __main__"
+).split()
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
 
@@ -89,7 +89,7 @@ def test_environment_matches_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(d for extra in ("book", "test") for d in project["optional-dependencies"][extra]),
+        *(d for extra in ("book", "fast", "test") for d in project["optional-dependencies"][extra]),
     ]
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert listed[-1]["pip"] == wanted

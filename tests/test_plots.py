@@ -7,7 +7,8 @@ import pytest
 import torch
 import vl_convert
 
-from axmoe_lite import EVOAPPROX, errors, multiplier, plots, runs
+from axmoe_lite import EVOAPPROX, errors, multiplier, pipeline, plots, runs
+from axmoe_lite.plots.theme import _html
 
 
 def compiled(chart):
@@ -29,7 +30,7 @@ def test_charts_compile_stay_small_and_name_no_address(name, monkeypatch):
     monkeypatch.setenv("AXMOE_BOOK", "1")
     spec = CHARTS[name]().to_dict()
     compiled(CHARTS[name]())
-    html = plots._html(spec)["text/html"]
+    html = _html(spec)["text/html"]
     assert len(html) < 300_000
     assert "http" not in html.replace(spec["$schema"], "")
 
@@ -62,12 +63,12 @@ def figures_of(spec) -> list[str]:
 def test_one_bundle_in_a_live_notebook_and_none_in_the_book(monkeypatch):
     spec = plots.proxy_check({"mul8s_1L2J": 0.03}).to_dict()
     monkeypatch.delenv("AXMOE_BOOK", raising=False)
-    live = plots._html(spec)["text/html"]
+    live = _html(spec)["text/html"]
     assert len(live) > 500_000 and live.count("</script>") == 1, "no text in it may close the script early"
     # Vega's code must arrive unchanged: it holds regular expressions such as /</ that a blunt escape would break.
     assert plots.javascript_bundle().replace("</script", "<\\/script") in live
     monkeypatch.setenv("AXMOE_BOOK", "1")
-    assert len(plots._html(spec)["text/html"]) < 5_000
+    assert len(_html(spec)["text/html"]) < 5_000
 
 
 def test_source_shows_code_without_its_docstring():
@@ -75,10 +76,15 @@ def test_source_shows_code_without_its_docstring():
     assert shown.startswith("def errors(") and '"""' not in shown and "mean = (weight * error).sum().item()" in shown
 
 
+def test_source_shows_methods_too():
+    shown = plots.source(pipeline.Convolve.law).data
+    assert shown.startswith("def law(self") and "reference.conv2d" in shown
+
+
 def test_every_chart_has_its_own_place(monkeypatch):
     monkeypatch.setenv("AXMOE_BOOK", "1")
     spec = plots.proxy_check({"mul8s_1L2J": 0.03}).to_dict()
-    assert plots._html(spec)["text/html"].split('"')[1] != plots._html(spec)["text/html"].split('"')[1]
+    assert _html(spec)["text/html"].split('"')[1] != _html(spec)["text/html"].split('"')[1]
 
 
 def test_numbers_without_evidence_are_not_drawn(textures):

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from axmoe_lite.factors import HIGHEST_MINIMAL_RANK, factorise
 from axmoe_lite.kernels import factored, lookup, reference, triton
 from axmoe_lite.multipliers import EXACT, Multiplier
 from axmoe_lite.multipliers import multiplier as by_name
@@ -123,35 +124,52 @@ def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, devic
             f"No arithmetic here sums the factors of {multiplier.name!r} exactly at fan-in {fan_in}; use path='auto'."
         )
     rank = factored.rank(multiplier)
-    cheap = possible and (rank <= ALWAYS_FACTORED or rank <= crossover_rank(device.type))
+    cheap = possible and (rank <= ALWAYS_FACTORED or rank <= _crossover(multiplier, fan_in, device))
     return "factored" if path == "factored" or cheap else by_table
 
 
+def _crossover(multiplier: Multiplier, fan_in: int, device: torch.device) -> int:
+    on_units = factored.units(factorise(multiplier), fan_in, device)
+    return crossover_rank("int8" if on_units else "float32") if device.type == "cpu" else 16  # not measured
+
+
 @functools.cache
-def crossover_rank(device_type: str = "cpu") -> int:
-    """The rank above which a table is looked up: measured once in a process, on a product of ordinary size.
+def crossover_rank(arithmetic: str) -> int:
+    """The rank above which a table is looked up: measured once in a process, on an ordinary convolution.
 
     The choice changes the time a product takes, never its bits.
+
+    Args:
+        arithmetic: what the factored path would run in, ``"int8"`` or ``"float32"``.
     """
-    if device_type != "cpu":
-        return 16  # not measured
+    from axmoe_lite.kernels.products import ConvProduct  # which stands on this module
+
     generator = torch.Generator().manual_seed(0)
-    a = torch.randint(0, 128, (2048, 256), generator=generator).to(torch.int8)
-    b = torch.randint(-128, 128, (256, 64), generator=generator).to(torch.int8)
-    exact = by_name(EXACT)
-    one_term = _shortest(lambda: factored.matmul(a, b, exact))
-    return max(ALWAYS_FACTORED, int(_shortest(lambda: lookup.matmul(a, b, exact.table)) / one_term))
+    x = torch.randint(0, 128, (16, 64, 16, 16), generator=generator).to(torch.int8)
+    weight = torch.randint(-128, 128, (64, 64, 3, 3), generator=generator).to(torch.int8)
+    by_terms = by_name(EXACT if arithmetic == "int8" else "roba()")  # RoBA has a factor of 128: no byte
+    options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    if arithmetic == "int8":  # as a layer has it, its weights laid out
+        floats = x.float().contiguous(memory_format=torch.channels_last)
+        term = ConvProduct(weight, by_terms, scale_w=torch.ones(()), scale_x=1.0, bias=None, **options)
+        calls = [lambda: term(floats)]
+    else:
+        calls = [lambda: factored.conv2d(x, weight, by_terms, **options)]
+    calls.append(lambda: lookup.conv2d(x, weight, by_terms.table, **options))
+    seconds = _shortest(calls)
+    return min(HIGHEST_MINIMAL_RANK, max(ALWAYS_FACTORED, int(seconds[1] / seconds[0] * factored.rank(by_terms))))
 
 
-def _shortest(call: Callable[[], Tensor]) -> float:
-    """Seconds of the quickest of five calls, after one that may have to compile."""
-    call()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _shortest(calls: list[Callable[[], Tensor]], *, turns: int = 20) -> list[float]:
+    """Seconds of the quickest call of each, in turns, after two that may have to compile and to settle."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(2 + turns):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn > 1:
+                times.append(time.perf_counter() - start)
+    return list(map(min, seconds))
 
 
 def _operand(name: str, values: Tensor, dimensions: int, *, more: bool = False) -> Tensor:

@@ -22,8 +22,8 @@ def _quantise(x, inverse, least, mask, flip, out):
     """Returns every bit that some code has; bit 7 tells that one was negative."""
     seen = np.int32(0)
     for i in range(x.size):
-        v = min(max(x[i] * inverse, least), np.float32(127))
-        # NaN slips through min and max, but the lowest byte of the quiet NaN is 0, the code it shall have.
+        v = x[i] * inverse
+        v = min(max(v if v == v else np.float32(0), least), np.float32(127))  # NaN has code 0
         bits = bits_of(v + MAGIC)
         seen |= bits
         out[i] = np.uint8(bits) & mask ^ flip

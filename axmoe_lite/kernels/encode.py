@@ -64,6 +64,7 @@ def encode(
     assert out.dtype == dtype and out.shape == shape and out.is_contiguous()
     if out.numel() == 0:
         return out
+    values = values if inverse_scale is None else values.float()
     rows = values.contiguous().view(-1, values.shape[-1] // groups)
     if _compiled() is None or values.device.type != "cpu":
         return out.copy_(_by_torch(rows, factors, side, inverse_scale, offset, least).view(shape))
@@ -76,7 +77,7 @@ def encode(
 
 
 def encode_unsigned(values: Tensor, factors: Factors, *, inverse_scale: float, groups: int = 1) -> tuple[Tensor, int]:
-    """The bytes of first operands for units that take unsigned ones, and their offset: 0 if no code is negative.
+    """The bytes of first operands for units that take unsigned ones, and their offset: 0 if none is negative.
 
     Takes what :func:`encode` takes. The result lies in memory that the next call overwrites (:func:`scratch`).
 
@@ -84,13 +85,15 @@ def encode_unsigned(values: Tensor, factors: Factors, *, inverse_scale: float, g
         uint8 [..., groups R C / groups], and 0 or 128.
     """
     out = scratch((*values.shape[:-1], values.shape[-1] * factors.rank), torch.uint8)
+    if not unsigned(factors):
+        return encode(values, factors, inverse_scale=inverse_scale, offset=128, groups=groups, out=out), 128
     if _compiled() is None or out.numel() == 0:
         # "Not at least" rather than "below": NaN must not hide negative values.
         offset = 0 if out.numel() == 0 or bool(values.amin() * inverse_scale >= -0.5) else 128
         target = out if offset else out.view(torch.int8)
         encode(values, factors, inverse_scale=inverse_scale, offset=offset, groups=groups, out=target)
         return out, offset
-    x, instructions = values.contiguous(), _instructions(factors, "u")
+    x, instructions = values.float().contiguous(), _instructions(factors, "u")
     negative = _quantise_rows(x, x.shape[-1] // groups, inverse_scale, -LIMIT, 0, instructions, out)
     return (out.bitwise_xor_(128), 128) if negative else (out, 0)
 
@@ -123,7 +126,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape)
     held = getattr(_memory, str(dtype), None)
     if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # what is allocated in inference mode cannot be written to outside of it
+            held = torch.empty(size, dtype=dtype)
         setattr(_memory, str(dtype), held)
     return held[:size].view(shape)
 
@@ -196,12 +200,19 @@ def _by_torch(
 
 
 @functools.lru_cache(maxsize=256)
+def unsigned(factors: Factors) -> bool:
+    """Whether codes that are not negative have first factors that are not: masks do, others need not."""
+    return factors.masks is not None or int(factors.u[:, 128:].min()) >= 0
+
+
+@functools.lru_cache(maxsize=256)
 def _instructions(factors: Factors, side: str) -> tuple[int, np.ndarray, int, np.ndarray]:
     """What the compiled pass reads: R masks as bytes, or R rows of 256 bytes, indexed by the byte of the code."""
     if factors.masks is not None:
         return factors.rank, np.array([pair[side == "v"] for pair in factors.masks], np.uint8), 0, _NOTHING
     table = getattr(factors, side).to(torch.int8).numpy().view(np.uint8)
-    return 0, _NOTHING, factors.rank, np.roll(table, -128, axis=1)  # position 0 is code 0, position 255 code -1
+    by_byte = np.roll(table, -128, axis=1)  # position 0 is code 0, position 255 code -1
+    return 0, _NOTHING, factors.rank, np.ascontiguousarray(by_byte)
 
 
 _NOTHING = np.empty(0, np.uint8)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from axmoe_lite.factors import Arithmetic, Factors, exact_arithmetic, factorise, masked
 from axmoe_lite.kernels import cuda, int8
-from axmoe_lite.kernels.encode import encode
+from axmoe_lite.kernels.encode import encode, unsigned
 from axmoe_lite.multipliers import Multiplier
 
 
@@ -76,7 +76,8 @@ def conv2d(
 ) -> Tensor:
     """int8 [N, C, H, W] and [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
     factors = factorise(multiplier)
-    x, padding = padded(x, padding, factors)
+    by_hand, padding = border(padding, factors)
+    x = padded(x, by_hand)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if factors.rank == 0 or 0 in (*x.shape, *weight.shape):
         shapes = (t.to("meta", torch.float32) for t in (x, weight))  # only the shape of the result is wanted
@@ -106,7 +107,7 @@ def conv2d(
 def _conv2d_in_bytes(x: Tensor, weight: Tensor, factors: Factors, options: dict) -> Tensor | None:
     terms, ones = second_operands(weight, factors), torch.ones(len(weight))
     # Without a zero point the units are exact without further proof, so images without signs are told apart.
-    offset = 128 if int(x.min()) < 0 else 0
+    offset = 0 if unsigned(factors) and int(x.min()) >= 0 else 128
     if not int8.fits(terms, offset):
         return None
     image = first_operands(x, factors, groups=options["groups"], offset=offset).view(torch.uint8)
@@ -122,15 +123,20 @@ def _conv2d_in_floats(x: Tensor, weight: Tensor, factors: Factors, dtype: torch.
         return torch.nn.functional.conv2d(left, right, None, *options.values())
 
 
-def padded(x: Tensor, padding: tuple[int, int], factors: Factors) -> tuple[Tensor, tuple[int, int]]:
-    """The image with its border, and the padding still to be done.
+def border(padding: tuple[int, int], factors: Factors) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How much of the padding is done on the codes, and how much is left to the convolution: (by hand, left).
 
-    u_r(0) need not be 0 unless the factors are masks, so the border must be made of codes before it is made
-    of factors.
+    u_r(0) need not be 0 unless the factors are masks, so then the border must be made of codes before it is
+    made of factors.
     """
-    if factors.masks is not None or not any(padding):
-        return x, padding
-    return torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
+    return ((0, 0), padding) if factors.masks is not None else (padding, (0, 0))
+
+
+def padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """The image [N, C, H, W] with a border of zeros."""
+    if not any(padding):
+        return x
+    return torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
 
 
 def first_operands(x: Tensor, factors: Factors, *, groups: int, offset: int = 0, **quantisation: float) -> Tensor:

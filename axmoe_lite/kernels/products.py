@@ -40,9 +40,8 @@ class _Product:
         fan_in = weight[0].numel()
         # Ranks that a lookup beats go there; see kernels.crossover_rank.
         path = kernels._choose("auto", multiplier, fan_in, fan_in, weight.device)
-        self.bytewise = (
-            path == "factored" and weight.device.type == "cpu" and factored.units(self.factors, fan_in, weight.device)
-        )
+        on_cpu = weight.device.type == "cpu"
+        self.bytewise = path == "factored" and on_cpu and factored.units(self.factors, fan_in, weight.device)
         self._packed: dict[int, int8.PackedConv2d | int8.PackedLinear | None] = {}
 
     def units(self, offset: int) -> int8.PackedConv2d | int8.PackedLinear | None:
@@ -86,17 +85,15 @@ class ConvProduct(_Product):
     ) -> None:
         super().__init__(weight, multiplier, scale_w=scale_w, scale_x=scale_x, bias=bias)
         self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-
-    def options_of_units(self) -> dict:
-        """What is left to the units: all but padding, if the border is made before (see factored.padded)."""
-        return {**self.options, "padding": (0, 0)} if self.factors.masks is None else self.options
+        self.by_hand, left = factored.border(padding, self.factors)
+        self.options_of_units = {**self.options, "padding": left}
 
     def _pack(self, terms: Tensor, offset: int) -> int8.PackedConv2d:
-        return int8.PackedConv2d(terms, self.scale, self.bias, offset, **self.options_of_units())
+        return int8.PackedConv2d(terms, self.scale, self.bias, offset, **self.options_of_units)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bytewise and x.numel():
-            image, _ = factored.padded(x.float(), self.options["padding"], self.factors)
+            image = factored.padded(x.float(), self.by_hand)
             rows, groups = image.permute(0, 2, 3, 1), self.options["groups"]
             image, offset = encode_unsigned(rows, self.factors, inverse_scale=self.inverse_scale, groups=groups)
             if (units := self.units(offset)) is not None:

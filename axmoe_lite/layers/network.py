@@ -226,7 +226,7 @@ def _calibrate(
         raise ValueError(
             f"calibration is a {type(batches).__name__}; give a batch as the network expects it, or several."
         )
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     watched = {n: m for n, m in approximable(network).items() if isinstance(m, Approximate)}
     for name, layer in watched.items():
         layer.histograms = [quant.Histogram(name) for _ in layer.SCALES]

@@ -1,104 +1,18 @@
-"""The book's figures: one Altair theme, and charts that draw with the network off.
+"""What a multiplier gets wrong, and what it is made of.
 
-A chart is shown as a ``<div>`` and a call of ``vegaEmbed``. Vega itself comes with the book (one script beside
-the pages), or, in a live notebook, inside every chart, so that each draws whichever cell ran first.
-
-Chapters: 01 to 03.
+Chapters: 01, "What does a cheap multiplier get wrong?", and 02, "Why is an approximate product just a few exact ones?"
 """
 
-import ast
-import inspect
 import itertools
-import json
-import os
-import uuid
-from collections.abc import Callable
-from typing import Any
 
 import altair as alt
 import pandas as pd
-import vl_convert
-from IPython.display import Code
 
 from axmoe_lite.factors import factorise
-from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, PAPER_EIGHT, errors, exact_table, multiplier, proxy_power_mw
+from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, errors, exact_table, multiplier, proxy_power_mw
 from axmoe_lite.multipliers.price import array_columns, full_adders
 from axmoe_lite.multipliers.published import PUBLISHED
-from axmoe_lite.runs import EVIDENCE
-
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-    "#777777",
-)
-SIGNED = alt.Scale(scheme="blueorange", domainMid=0)
-
-
-@alt.theme.register("axmoe", enable=True)
-def theme() -> alt.theme.ThemeConfig:
-    """One look for the whole book: quiet axes, readable text, no box around the data."""
-    font = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-    return alt.theme.ThemeConfig(
-        config={
-            "font": font,
-            "view": {"stroke": None},
-            "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
-            "legend": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
-            "header": {"labelFontSize": 13, "titleFontSize": 13},
-            "title": {"fontSize": 15, "subtitleFontSize": 12, "anchor": "start", "subtitleColor": "#555"},
-            "range": {"category": [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY]},
-        }
-    )
-
-
-# ---------------------------------------------------------------------------------- showing
-
-_numbers = itertools.count(1)
-
-
-def javascript_bundle() -> str:
-    """Vega, Vega-Lite and vegaEmbed in one script without outside addresses, about 0.9 MB."""
-    return "(function(){" + vl_convert.javascript_bundle() + "})();"
-
-
-def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
-    """Altair's renderer: a div, the chart's description, and the call that fills the div."""
-    in_book = bool(os.environ.get("AXMOE_BOOK"))
-    # Pages are the same at every build; but two live notebooks share one browser page, and must not share names.
-    name = f"axmoe-chart-{next(_numbers) if in_book else uuid.uuid4().hex}"
-    text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
-    bundle = ""
-    if not in_book:
-        # Only where it would end the script: Vega's code also holds regular expressions such as /</.
-        script = javascript_bundle().replace("</script", "<\\/script")
-        bundle = f"if(!window.vegaEmbed){{{script}}}"
-    draw = f'vegaEmbed("#{name}",{text},{{"actions":{{"export":true,"source":false,"compiled":false,"editor":false}}}})'
-    show = f'{draw}.catch(e=>{{document.getElementById("{name}").textContent="This chart failed: "+e}})'
-    wait = f'if(window.vegaEmbed){{{show}}}else{{window.addEventListener("load",()=>{{{show}}})}}'
-    return {"text/html": f'<div id="{name}" class="axmoe-chart"></div><script>{bundle}{wait}</script>'}
-
-
-alt.renderers.register("axmoe", _html)
-alt.renderers.enable("axmoe")
-alt.data_transformers.disable_max_rows()
-
-
-def source(function: Callable[..., Any]) -> Code:
-    """The text of a function of the package, without its docstring, for a chapter that explains it."""
-    lines = inspect.getsource(function).splitlines()
-    body = ast.parse("\n".join(lines)).body[0].body
-    if ast.get_docstring(ast.parse("\n".join(lines)).body[0]):
-        del lines[body[0].lineno - 1 : body[0].end_lineno]
-    return Code("\n".join(lines), language="python")
-
-
-# ------------------------------------------------------------- what a multiplier gets wrong
+from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SIGNED, SKY
 
 _TILE = 4  # operand values along the side of one drawn cell
 _SLIDERS = {"drop_a": 6, "drop_b": 6, "drop_columns": 10}
@@ -353,91 +267,3 @@ def number_grid(values: list[list[int]], *, title: str, low: int, high: int) -> 
     numbers = base.mark_text(fontSize=11).encode(text="value:Q")
     side = 30 * (high - low + 1)
     return (cells + numbers).properties(width=side, height=side, title=title)
-
-
-# --------------------------------------------------------------------- what a network makes of it
-
-
-def resilience(rows: list[dict]) -> alt.LayerChart:
-    """Top-1 against power for the multipliers of one or several runs, each run named with its evidence.
-
-    The eight multipliers of AxMoE are filled marks, the others hollow.
-
-    Args:
-        rows: as :func:`axmoe_lite.runs.read` returns them, or as they are given to ``record``.
-
-    Raises:
-        ValueError: for rows without evidence: a number without its origin is not drawn.
-    """
-    for row in rows:
-        missing = [column for column in EVIDENCE if row.get(column) in (None, "")]
-        if missing:
-            raise ValueError(f"A row for {row.get('multiplier')!r} lacks {', '.join(missing)}; it is not drawn.")
-    table = pd.DataFrame(rows).astype({"top1": float, "power_mw": float, "mean_error": float})
-    table["run"] = [
-        f"{r.dataset}, {r.n_test} images, {r.epochs} epochs, seed {r.seed} ({r.scale})" for r in table.itertuples()
-    ]
-    table["short"] = table["multiplier"].str.replace("mul8s_1", "")
-    table["paper"] = table["multiplier"].isin(PAPER_EIGHT)
-    sides = {"KV6": "right", "swap:KVM": "left", "KV9": "below", "KVP": "below"}  # of the mark, where labels would meet
-    table["side"] = table["short"].map(sides).fillna("above")
-    exact = table[table.multiplier == "float32"]
-    base = alt.Chart(table[table.multiplier != "float32"]).encode(
-        x=alt.X("power_mw:Q", title="power of one multiplier (mW, PDK45)"),
-        y=alt.Y("top1:Q", title="top-1 accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(nice=True)),
-        color=alt.Color("run:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=520)),
-    )
-    pick = alt.selection_point(fields=["run"], bind="legend")
-    shown = alt.condition(pick, alt.value(1), alt.value(0.12))
-    evidence = [alt.Tooltip(c) for c in ("multiplier", "dataset", "n_test", "seed", "epochs", "device", "commit")]
-    points = base.mark_point(size=80).encode(
-        shape=alt.Shape("run:N", legend=None),
-        fill=alt.Fill("run:N", legend=None),
-        fillOpacity=alt.condition("datum.paper", alt.value(1), alt.value(0)),
-        opacity=shown,
-        tooltip=[alt.Tooltip("top1:Q", format=".2%"), alt.Tooltip("mean_error:Q", title="bias"), *evidence],
-    )
-    labels = base.mark_text(
-        fontSize=11,
-        align=alt.ExprRef("{right:'left',left:'right'}[datum.side]||'center'"),
-        dx=alt.ExprRef("{right:5,left:-9}[datum.side]||0"),
-        dy=alt.ExprRef("{right:9,left:1,below:14}[datum.side]||-11"),
-    ).encode(text="short:N", opacity=shown)
-    rule = (
-        alt.Chart(exact)
-        .mark_rule(strokeDash=[4, 4])
-        .encode(
-            y="top1:Q", color="run:N", opacity=shown, tooltip=[alt.Tooltip("top1:Q", title="float32", format=".2%")]
-        )
-    )
-    title = alt.Title(
-        "One network, thirteen multipliers, nothing retrained",
-        subtitle="Filled: the eight of AxMoE. Dashed line: the same network in float32.",
-    )
-    return (rule + points.add_params(pick) + labels).properties(width=520, height=340, title=title)
-
-
-def learning_curve(history: list[dict], *, title: str) -> alt.Chart:
-    """Training accuracy (on augmented images) and, where measured, test accuracy after each epoch.
-
-    Args:
-        history: what :func:`axmoe_lite.train.fit` returns.
-        title: which data, how many images, which scale.
-    """
-    rows = [
-        {"epoch": row["epoch"], "accuracy": row[f"{split}_accuracy"], "images": name}
-        for row in history
-        for split, name in (("train", "training, augmented"), ("test", "test"))
-        if row[f"{split}_accuracy"] is not None
-    ]
-    return (
-        alt.Chart(pd.DataFrame(rows))
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("accuracy:Q", title="top-1 accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("images:N", title=None, legend=alt.Legend(orient="bottom")),
-            tooltip=["epoch", "images", alt.Tooltip("accuracy:Q", format=".2%")],
-        )
-        .properties(width=480, height=220, title=title)
-    )

@@ -1,0 +1,92 @@
+"""What a network makes of approximate products.
+
+Chapter: 03, "What happens to a network?"
+"""
+
+import altair as alt
+import pandas as pd
+
+from axmoe_lite.multipliers import PAPER_EIGHT
+from axmoe_lite.plots.theme import check_evidence
+
+
+def resilience(rows: list[dict]) -> alt.LayerChart:
+    """Top-1 against power for the multipliers of one or several runs, each run named with its evidence.
+
+    The eight multipliers of AxMoE are filled marks, the others hollow.
+
+    Args:
+        rows: as :func:`axmoe_lite.runs.read` returns them, or as they are given to ``record``.
+
+    Raises:
+        ValueError: for rows without evidence: a number without its origin is not drawn.
+    """
+    check_evidence(rows, "multiplier")
+    table = pd.DataFrame(rows).astype({"top1": float, "power_mw": float, "mean_error": float})
+    table["run"] = [
+        f"{r.dataset}, {r.n_test} images, {r.epochs} epochs, seed {r.seed} ({r.scale})" for r in table.itertuples()
+    ]
+    table["short"] = table["multiplier"].str.replace("mul8s_1", "")
+    table["paper"] = table["multiplier"].isin(PAPER_EIGHT)
+    sides = {"KV6": "right", "swap:KVM": "left", "KV9": "below", "KVP": "below"}  # of the mark, where labels would meet
+    table["side"] = table["short"].map(sides).fillna("above")
+    exact = table[table.multiplier == "float32"]
+    base = alt.Chart(table[table.multiplier != "float32"]).encode(
+        x=alt.X("power_mw:Q", title="power of one multiplier (mW, PDK45)"),
+        y=alt.Y("top1:Q", title="top-1 accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(nice=True)),
+        color=alt.Color("run:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=520)),
+    )
+    pick = alt.selection_point(fields=["run"], bind="legend")
+    shown = alt.condition(pick, alt.value(1), alt.value(0.12))
+    evidence = [alt.Tooltip(c) for c in ("multiplier", "dataset", "n_test", "seed", "epochs", "device", "commit")]
+    points = base.mark_point(size=80).encode(
+        shape=alt.Shape("run:N", legend=None),
+        fill=alt.Fill("run:N", legend=None),
+        fillOpacity=alt.condition("datum.paper", alt.value(1), alt.value(0)),
+        opacity=shown,
+        tooltip=[alt.Tooltip("top1:Q", format=".2%"), alt.Tooltip("mean_error:Q", title="bias"), *evidence],
+    )
+    labels = base.mark_text(
+        fontSize=11,
+        align=alt.ExprRef("{right:'left',left:'right'}[datum.side]||'center'"),
+        dx=alt.ExprRef("{right:5,left:-9}[datum.side]||0"),
+        dy=alt.ExprRef("{right:9,left:1,below:14}[datum.side]||-11"),
+    ).encode(text="short:N", opacity=shown)
+    rule = (
+        alt.Chart(exact)
+        .mark_rule(strokeDash=[4, 4])
+        .encode(
+            y="top1:Q", color="run:N", opacity=shown, tooltip=[alt.Tooltip("top1:Q", title="float32", format=".2%")]
+        )
+    )
+    title = alt.Title(
+        "One network, thirteen multipliers, nothing retrained",
+        subtitle="Filled: the eight of AxMoE. Dashed line: the same network in float32.",
+    )
+    return (rule + points.add_params(pick) + labels).properties(width=520, height=340, title=title)
+
+
+def learning_curve(history: list[dict], *, title: str) -> alt.Chart:
+    """Training accuracy (on augmented images) and, where measured, test accuracy after each epoch.
+
+    Args:
+        history: what :func:`axmoe_lite.train.fit` returns.
+        title: which data, how many images, which scale.
+    """
+    rows = [
+        {"epoch": row["epoch"], "accuracy": row[f"{split}_accuracy"], "images": name}
+        for row in history
+        for split, name in (("train", "training, augmented"), ("test", "test"))
+        if row[f"{split}_accuracy"] is not None
+    ]
+    return (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y("accuracy:Q", title="top-1 accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            color=alt.Color("images:N", title=None, legend=alt.Legend(orient="bottom")),
+            tooltip=["epoch", "images", alt.Tooltip("accuracy:Q", format=".2%")],
+        )
+        .properties(width=480, height=220, title=title)
+    )

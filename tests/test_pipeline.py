@@ -1,0 +1,635 @@
+"""A frozen network equals its law in every bit, and the network it was made from but for BatchNorm's rounding."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from axmoe_lite import Multiplier, approximate, kernels, models, restore
+from axmoe_lite.pipeline import freeze
+from axmoe_lite.train import evaluate, fit, predict
+
+ROUGH = "mul8s_1L2J"  # rank 1: clears the lowest bit of both operands
+MANY = "mul8s_1KVA"  # more than one term
+
+
+class Net(nn.Module):
+    """A forward written next to the test that it belongs to: ``Net(forward, name=module, ...)``."""
+
+    def __init__(self, steps, **parts):
+        super().__init__()
+        self.steps = steps
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.steps(self, x)
+
+
+def conv(c_in=4, out=4, kernel=3, **options):
+    return nn.Conv2d(c_in, out, kernel, **{"padding": kernel // 2, **options})
+
+
+def random_table(seed, rank=2, largest=9):
+    """Factors that are no masks but fit bytes; u(a) may be negative where a is not."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randint(-largest, largest + 1, (256, rank), generator=generator)
+    return Multiplier("random", u @ torch.randint(-largest, largest + 1, (rank, 256), generator=generator))
+
+
+def settle(network, seed=0):
+    """Statistics as after training: no mean 0, no variance 1, and some gains below 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            size = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(size, generator=generator) * 0.3)
+            module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
+            if module.weight is not None:
+                module.weight.data.copy_(torch.randn(size, generator=generator) * 0.4 + 0.8)
+                module.bias.data.copy_(torch.randn(size, generator=generator) * 0.3)
+    return network.eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(5))
+
+
+def frozen_of(network, x, assignment=ROUGH, **options):
+    return freeze(approximate(settle(network), assignment, calibration=x, **options))
+
+
+def check(network, x, assignment=ROUGH, *, same=True, **options):
+    """Frozen, law and network agree: in every bit, or (same=False: BatchNorm is folded) in nearly all values."""
+    frozen = frozen_of(network, x, assignment, **options)
+    law = frozen.law(x)
+    assert torch.equal(frozen(x), law)
+    assert torch.equal(frozen(x), law), "a second call finds the buffers of the first"
+    with torch.no_grad():
+        y = network(x)
+    if same:
+        assert torch.equal(law, y)
+    else:
+        assert (law - y).norm() < 0.02 * y.norm()
+    return frozen
+
+
+# ---------------------------------------------------------------------------------- whole networks
+
+
+def vgg_like():
+    def block(c_in, c):
+        return [nn.Conv2d(c_in, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
+
+    return nn.Sequential(
+        *block(3, 8), nn.MaxPool2d(2, 2), *block(8, 13), *block(13, 16), nn.MaxPool2d(2, 2),
+        *block(16, 16), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(64, 23), nn.ReLU(), nn.Dropout(), nn.Linear(23, 4),
+    )  # fmt: skip
+
+
+def mobile_like():
+    def block(c_in, c, kernel, **options):
+        return [nn.Conv2d(c_in, c, kernel, bias=False, **options), nn.BatchNorm2d(c), nn.ReLU6(inplace=True)]
+
+    return nn.Sequential(
+        *block(3, 8, 3, stride=2, padding=1),
+        *block(8, 8, 3, padding=1, groups=8),  # depthwise
+        nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6),  # a linear bottleneck: signed codes follow
+        *block(6, 12, 3, padding=2, dilation=2, groups=3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
+WHOLE = {
+    "resnet20": lambda: models.resnet20(classes=4),
+    "resnet8": lambda: models.resnet8(classes=4),  # padded shortcuts
+    "vgg": vgg_like,
+    "mobile": mobile_like,
+}
+
+
+@pytest.mark.parametrize(
+    "name,multiplier,per_channel",
+    [
+        ("resnet20", ROUGH, False),
+        ("resnet8", ROUGH, True),
+        ("resnet8", "mul8s_1KV6", False),  # exact products: codes are the units' bytes as they are
+        ("resnet8", MANY, False),
+        ("vgg", ROUGH, False),
+        ("vgg", MANY, True),
+        ("mobile", ROUGH, True),
+        ("mobile", "mul8s_1KV8", False),
+        ("mobile", "mul8s_1KV6", True),
+    ],
+)
+def test_whole_networks_equal_their_law(name, multiplier, per_channel):
+    network = settle(WHOLE[name]())
+    x = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    frozen = frozen_of(network, x, multiplier, per_channel=per_channel)
+    # The float classifier at the end adds up in an order that depends on the batch, so each batch has its own law.
+    batches = [x[:3], x[:1], x[1:3]]
+    laws = [frozen.law(batch) for batch in batches]
+    assert laws[0].shape == (3, 4) and laws[0].std() > 0
+    for _ in range(2):  # other sizes in between: buffers belong to a shape
+        for batch, law in zip(batches, laws, strict=True):
+            assert torch.equal(frozen(batch), law)
+    with torch.no_grad():
+        assert (frozen(x) - network(x)).norm() < 0.05 * network(x).norm()
+
+
+def test_other_image_sizes_and_layouts(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(stride=2), nn.ReLU(), conv()), x)
+    for shape in ((1, 4, 1, 1), (2, 4, 23, 5), (1, 4, 2, 115), (3, 4, 9, 7)):
+        images = torch.randn(shape)
+        assert torch.equal(frozen(images), frozen.law(images))
+    assert torch.equal(frozen(x.contiguous(memory_format=torch.channels_last)), frozen(x))
+    strided = torch.randn(3, 4, 9, 14)[..., ::2]
+    assert torch.equal(frozen(strided), frozen(strided.contiguous()))
+
+
+def test_values_without_a_number(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()), x)
+    spoiled = x.clone()
+    spoiled[0, 0, 0, 0], spoiled[1, 1, 2, 2], spoiled[2, 3, 8, 6] = torch.nan, torch.inf, -torch.inf
+    assert torch.equal(frozen(spoiled), frozen.law(spoiled)) and torch.isfinite(frozen(spoiled)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64], ids=str)
+def test_images_of_other_types(x, dtype):
+    # The network itself takes them as the numbers they are.
+    network = nn.Sequential(conv(), nn.ReLU(), conv())
+    frozen, images = frozen_of(network, x), (x * 3).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(frozen(images), network(images))
+
+
+def test_a_mixed_network_under_autocast(x):
+    network = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+    frozen = frozen_of(network, x, {"2": ROUGH})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x), network(x))
+
+
+def test_an_empty_batch(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 5), nn.Flatten()), x)
+    assert frozen(x[:0]).shape == (0, 5 * 63)
+
+
+# ----------------------------------------------------------------- what may go with a convolution
+
+
+def test_a_chain_of_convolutions_without_batch_norm_is_the_network_itself(x):
+    network = nn.Sequential(conv(), nn.ReLU(), conv(4, 5), nn.ReLU6(), conv(5, 3, 1))
+    assert network[:3](x * 40).max() > 6  # ReLU6 has something to cut
+    frozen = check(network, x * 40)
+    assert frozen.eager == {} and "3 convolutions in the pipeline" in repr(frozen)
+
+
+def test_batch_norm_without_relu_gives_signed_codes(x):
+    check(nn.Sequential(conv(), nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4, affine=False), conv()), x, same=False)
+    check(nn.Sequential(conv(), conv(), conv()), x, MANY)
+
+
+def test_negative_gains_and_scales_for_each_channel(x):
+    network = settle(nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.ReLU(), conv()))
+    network[1].weight.data.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.0]))
+    frozen = freeze(approximate(network, ROUGH, calibration=x, per_channel=True))
+    assert torch.equal(frozen(x), frozen.law(x))
+    with torch.no_grad():
+        assert (frozen(x) - network(x)).norm() < 0.02 * network(x).norm()
+
+
+def test_one_value_encoded_for_two_multipliers_and_read_late(x):
+    # b and c share one encoding of r. Between them r is encoded for d, and s for e, in the same shape. Sigmoids keep
+    # the additions apart, so that every convolution runs where it stands.
+    def forward(net, x):
+        r = torch.relu(net.a(x))
+        early = net.b(r).sigmoid()
+        s = torch.relu(net.d(r))
+        middle = net.e(s).sigmoid()
+        return torch.cat([early, middle, net.c(r).sigmoid()], 1)
+
+    parts = {name: conv() for name in "abcde"}
+    assignment = {"a": ROUGH, "b": ROUGH, "c": ROUGH, "d": "mul8s_1L2L", "e": ROUGH}
+    check(Net(forward, **parts), x, assignment)
+
+
+@pytest.mark.parametrize("relu", [nn.Identity(), nn.ReLU()])
+def test_one_value_for_convolutions_with_two_scales(x, relu):
+    def forward(net, x):
+        r = net.relu(net.a(x))
+        return net.b(r) + net.c(r)
+
+    network = settle(Net(forward, a=conv(), b=conv(), c=conv(), relu=relu))
+    approximate(network, {"a": ROUGH, "b": ROUGH, "c": MANY}, calibration=x)
+    network.c.scale_x.mul_(0.7)
+    frozen = freeze(network)
+    assert torch.equal(frozen(x), frozen.law(x)) and torch.equal(frozen(x), network(x))
+
+
+def test_one_convolution_called_twice(x):
+    check(Net(lambda net, x: net.a(torch.relu(net.a(x))) + x, a=conv()), x)
+
+
+# ------------------------------------------------------------------------------------- additions
+
+
+def test_a_residual_is_added_in_place_only_at_its_last_use(x):
+    # r = relu(a(x)) is floats in memory of its own. The first sum must leave it alone, the last may take it.
+    def forward(net, x):
+        r = torch.relu(net.a(x) + x)
+        s = torch.relu(net.b(r) + r)
+        return net.c(s) + s * r
+
+    check(Net(forward, a=conv(), b=conv(), c=conv()), x)
+
+    def last(net, x):
+        r = torch.relu(net.a(x) + x)
+        return torch.relu(r + net.b(r))
+
+    check(Net(last, a=conv(), b=conv()), x)
+
+
+def test_the_images_given_are_never_written_to(x):
+    before = x.clone()
+    check(Net(lambda net, x: torch.relu(net.a(x) + x), a=conv()), x)
+    assert torch.equal(x, before)
+
+
+def test_a_result_of_an_earlier_call_is_not_overwritten(x):
+    frozen = frozen_of(Net(lambda net, x: net.b(torch.relu(net.a(x))) + net.a(x), a=conv(), b=conv()), x)
+    first = frozen(x)
+    kept = first.clone()
+    frozen(-x)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda y, x: y + y,
+        lambda y, x: torch.add(y, x, alpha=2),
+        lambda y, x: y.add(x, alpha=-0.5),
+        lambda y, x: y.add(x),
+        lambda y, x: x.add(y),
+        lambda y, x: torch.add(x, y),
+        lambda y, x: y + 1,
+        lambda y, x: 0.5 + y,
+        lambda y, x: torch.add(y, 3),
+        lambda y, x: y + x + y,
+        lambda y, x: y - x,
+        lambda y, x: torch.add(input=y, other=x),
+        lambda y, x: y + x[:, :1],  # broadcast along the channels
+        lambda y, x: y + x[:1],  # ... along the images
+        lambda y, x: y + x.flip(-1),
+        lambda y, x: y + x.transpose(2, 3).contiguous().transpose(2, 3),
+    ],
+    ids=[
+        "y+y", "alpha", "method alpha", "method", "method of x", "torch", "scalar", "from the right", "torch scalar",
+        "three", "minus", "keywords", "one channel", "one image", "flipped", "strided",
+    ],
+)  # fmt: skip
+def test_ways_to_add(x, add):
+    check(Net(lambda net, x: net.b(torch.relu(add(net.a(x), x))), a=conv(), b=conv()), x)
+
+
+@pytest.mark.parametrize("case", ["parameter", "larger", "smaller", "smaller and fresh"])
+def test_additions_that_broadcast(x, case):
+    if case == "parameter":  # [C, 1, 1], three dimensions
+        network = Net(lambda net, x: net.b(net.a(x) + net.shift), a=conv(), b=conv())
+        network.shift = nn.Parameter(torch.randn(4, 1, 1))
+    elif case == "larger":  # the convolution's result is one pixel, what it is added to an image
+        network = Net(lambda net, x: net.b(net.a(x.mean((2, 3), keepdim=True)) + x), a=conv(), b=conv())
+    else:
+
+        def forward(net, x):
+            pixel, image = net.c(x.mean((2, 3), keepdim=True)), net.a(x)
+            return net.b(pixel + image if case == "smaller" else image + pixel)
+
+        network = Net(forward, a=conv(), b=conv(), c=conv(kernel=1))
+    check(network, x)
+
+
+def test_adding_a_number_that_the_graph_computes(x):
+    check(Net(lambda net, x: net.b(net.a(x) + x.size(1)), a=conv(), b=conv()), x)
+
+
+@pytest.mark.parametrize("alias", [nn.Identity(), nn.Dropout(), nn.Unflatten(1, (2, 2))], ids=repr)
+def test_a_residual_that_has_another_name_is_not_overwritten(x, alias):
+    # The alias shares r's memory and is read after the sum that would be written there.
+    def forward(net, x):
+        r = torch.relu(net.a(x))
+        other = net.alias(r)
+        s = r + net.b(r)
+        return (s * 1.0).flatten(1) + other.flatten(1)
+
+    check(Net(forward, a=conv(), b=conv(), alias=alias), x)
+
+
+def test_a_residual_that_a_postponed_convolution_still_reads(x):
+    # a waits for the sum after b; it encodes r for another multiplier when r has received that sum already.
+    def forward(net, x):
+        r = torch.relu(net.first(x))
+        a, b = net.a(r), net.b(r) + r
+        return a + b
+
+    check(Net(forward, first=conv(), a=conv(), b=conv()), x, {"first": ROUGH, "a": MANY, "b": "mul8s_1L2L"})
+
+
+@pytest.mark.parametrize("relu", ["module", "method", "in place", "function", "functional", "six", "clamp"])
+def test_ways_to_cut_at_zero(x, relu):
+    cut = {
+        "module": None, "method": lambda y: y.relu(), "in place": lambda y: y.relu_(), "function": torch.relu,
+        "functional": lambda y: nn.functional.relu(y, inplace=True), "six": lambda y: nn.functional.relu6(y * 9),
+        "clamp": lambda y: y.clamp(min=0),
+    }[relu]  # fmt: skip
+
+    def forward(net, x):
+        relu = cut or net.relu
+        return net.b(relu(net.a(x))) + relu(net.a(x) + x)
+
+    check(Net(forward, a=conv(), b=conv(), relu=nn.ReLU(inplace=True)), x)
+
+
+def test_what_a_method_writes_in_place_is_seen_by_later_readers(x):
+    def forward(net, x):
+        y = net.a(x)
+        return net.b(y.relu_()) + y
+
+    check(Net(forward, a=conv(), b=conv()), x)
+
+
+@pytest.mark.parametrize("case", ["relu module", "sub_", "after an encoding"])
+def test_what_is_written_in_place_is_seen_by_all_later_readers(x, case):
+    def forward(net, x):
+        y = net.a(x)
+        if case == "relu module":  # the addition reads y as well, which is cut at zero by then
+            return net.b(net.relu(y)) + y
+        if case == "sub_":  # no longer at least 0
+            y = torch.relu(y)
+            y.sub_(0.3)
+            return net.b(y)
+        y = torch.relu(y + x)
+        first = net.b(y)
+        y.mul_(-2.0)
+        return first + net.b(y)
+
+    check(Net(forward, a=conv(), b=conv(), relu=nn.ReLU(inplace=True)), x)
+
+
+# --------------------------------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("pool", [
+    nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((3, 1), (1, 2), (1, 0)), nn.MaxPool2d(2, 1),
+    nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2), nn.AvgPool2d(2), nn.Dropout(),
+])  # fmt: skip
+@pytest.mark.parametrize("signed", [False, True])
+def test_pooling_between_convolutions(x, pool, signed):
+    middle = [] if signed else [nn.ReLU()]
+    check(nn.Sequential(conv(), *middle, pool, conv(), nn.ReLU(), nn.MaxPool2d(3, 2, 1), conv()), x)
+
+
+def test_pooled_codes_for_two_readers(x):
+    def forward(net, x):
+        pooled = nn.functional.max_pool2d(net.pool(torch.relu(net.a(x))), 2)
+        return net.b(pooled) + net.c(pooled)
+
+    check(Net(forward, a=conv(), b=conv(), c=conv(), pool=nn.MaxPool2d(2)), x)
+
+    def branches(net, x):
+        r = torch.relu(net.a(x))
+        return net.b(net.pool(r)) + net.c(r)[:, :, ::2, ::2][:, :, :4, :3]
+
+    check(Net(branches, a=conv(), b=conv(), c=conv(), pool=nn.MaxPool2d(2)), x)
+
+
+# ------------------------------------------------------------------------------ what stays eager
+
+
+def test_mixed_assignments(x):
+    network = nn.Sequential(
+        conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.ReLU(), conv(), nn.ReLU(), conv(), nn.Flatten(),
+        nn.Linear(252, 2),
+    )  # fmt: skip
+    frozen = check(network, x, {"0": ROUGH, "5": MANY, "7": "swap:mul8s_1KVM"}, same=False)
+    assert "3 convolutions" in repr(frozen) and "3" not in frozen.eager
+    check(network, x, {"3": ROUGH, "9": MANY}, same=False)  # a classifier too
+
+
+def test_high_ranks_and_wide_factors_stay_eager_by_name(x, monkeypatch):
+    monkeypatch.setattr(kernels, "crossover_rank", lambda arithmetic: kernels.ALWAYS_FACTORED)
+    network = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+    frozen = check(network, x, {"0": ROUGH, "2": "mitchell()", "4": "roba()"})
+    assert set(frozen.eager) == {"2", "4"} and all("int8 units" in why for why in frozen.eager.values())
+    assert "eager: 2, mitchell()" in repr(frozen)
+
+
+def test_padding_that_the_units_do_not_know_stays_eager_by_name(x):
+    network = nn.Sequential(
+        conv(padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU(), conv()
+    )
+    assert set(check(network, x).eager) == {"0", "2"}
+
+
+def test_without_units_everything_stays_eager(x, monkeypatch):
+    monkeypatch.setenv("AXMOE_INT8", "0")
+    frozen = check(nn.Sequential(conv(), nn.ReLU(), conv()), x)
+    assert set(frozen.eager) == {"0", "2"} and "0 convolutions" in repr(frozen)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_factors_that_are_no_masks(x, signed):
+    # Code 0 is no byte 0 here: the border is made of codes before the bytes are.
+    middle = [] if signed else [nn.ReLU()]
+    network = nn.Sequential(conv(), *middle, conv(padding=(2, 0)), *middle, conv(groups=2, stride=2))
+    check(network, x, random_table(1))
+
+
+def test_too_large_sums_for_a_zero_point_stay_eager_where_images_are_signed():
+    # 600 * 127 * 255 > 2^24: signed images do not go to the units; those after a ReLU do.
+    x = torch.randn(2, 600, 2, 2, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(conv(600, 600, 1), nn.ReLU(), conv(600, 3, 1))
+    for layer in (network[0], network[2]):
+        layer.weight.data.copy_(torch.where(torch.rand(layer.weight.shape) < 0.5, -1.0, 1.0))
+    frozen = frozen_of(network, x)
+    assert set(frozen.eager) == {"0"} and "signed" in frozen.eager["0"]
+    assert torch.equal(frozen(x), network(x))
+
+
+class Fickle(nn.Module):
+    """Looks at the data to decide what to do, which torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x):
+        return self.conv(x) if x.mean() > 0 else self.conv(-x)
+
+
+def test_what_fx_cannot_trace_stays_eager_by_name(x):
+    network = nn.Sequential(conv(), nn.ReLU(), nn.Sequential(Fickle(), nn.ReLU()), conv())
+    frozen = check(network, x)
+    assert frozen.eager == {"2.0": "torch.fx cannot trace it"} and "2 convolutions" in repr(frozen)
+
+
+def test_a_forward_that_fx_cannot_trace_is_refused(x):
+    network = approximate(Fickle(), {"conv": ROUGH}, calibration=x)
+    with pytest.raises(ValueError, match="torch.fx cannot trace the forward of this Fickle.*evaluate it as it is"):
+        freeze(network)
+
+
+def test_nothing_to_freeze_is_refused(x):
+    network = nn.Sequential(conv(), nn.ReLU())
+    with pytest.raises(ValueError, match=r"This Sequential has no approximate layer.*call approximate\(network"):
+        freeze(network)
+    with pytest.raises(ValueError, match="no approximate layer"):
+        freeze(restore(approximate(network, ROUGH, calibration=x)))
+
+
+def test_an_uncalibrated_network_is_refused(x):
+    network = approximate(nn.Sequential(conv(), nn.ReLU(), conv()), ROUGH, calibration=x)
+    network[2].scale_x.fill_(torch.nan)
+    with pytest.raises(ValueError, match="no activation scale yet; pass calibration images"):
+        freeze(network)
+
+
+def test_a_wrong_number_of_inputs_is_refused(x):
+    frozen = frozen_of(Net(lambda net, x: net.a(x), a=conv()), x)
+    with pytest.raises(ValueError, match="takes 1 inputs; it was given 2"):
+        frozen(x, x)
+
+
+def test_several_inputs_and_outputs(x):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(), conv()
+
+        def forward(self, x, shift=0.5):
+            y = torch.relu(self.a(x + shift))
+            return {"y": y, "both": (self.b(y), y)}
+
+    network = approximate(Two(), {"a": ROUGH, "b": MANY}, calibration=x)
+    frozen = freeze(network)
+    for inputs in ((x,), (x, 0.1)):
+        found, expected = frozen(*inputs), network(*inputs)
+        assert torch.equal(found["y"], expected["y"]) and torch.equal(found["both"][0], expected["both"][0])
+        assert found["both"][1] is found["y"]
+
+
+# ------------------------------------------------------------------------------- the network itself
+
+
+def test_the_network_is_untouched(x):
+    network = settle(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(), conv()))
+    approximate(network, ROUGH, calibration=x)
+    before, modules, y = copy.deepcopy(network.state_dict()), list(network.modules()), network(x)
+    frozen = freeze(network)
+    frozen(x)
+    assert frozen.thaw() is network and list(network.modules()) == modules and network[2].inplace
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(network(x), y)
+    # It trains on; the frozen form keeps what it has seen.
+    kept = frozen(x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+        network[1].running_mean.add_(1.0)
+    assert torch.equal(frozen(x), kept) and not torch.equal(freeze(network)(x), kept)
+
+
+def test_the_modes_of_the_network_are_untouched(x):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(conv(), nn.BatchNorm2d(4))).train()
+    network[3].eval()
+    approximate(network, ROUGH, calibration=x)
+    modes = [module.training for module in network.modules()]
+    frozen = freeze(network)
+    frozen(x)
+    assert [module.training for module in network.modules()] == modes
+
+
+def test_a_training_network_is_frozen_as_it_evaluates(x):
+    network = settle(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), conv()))
+    approximate(network, ROUGH, calibration=x)
+    expected = freeze(network)(x)
+    mean = network[1].running_mean.clone()
+    frozen = freeze(network.train())
+    frozen.train()
+    assert torch.equal(frozen(x), expected) and torch.equal(network[1].running_mean, mean)
+
+
+def test_a_copy_is_independent(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()), x)
+    twin, y = copy.deepcopy(frozen), frozen(x)
+    assert torch.equal(twin(x), y) and twin.network is not frozen.network
+    with torch.no_grad():
+        twin.network[0].weight.zero_()
+    assert frozen.network[0].weight.any() and torch.equal(frozen(x), y) and torch.equal(twin(x), y)
+
+
+def test_two_threads_share_a_frozen_network(x):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 16), nn.ReLU(), conv(16, 4, 1), nn.Flatten())
+    frozen = frozen_of(network, x)
+    # Images of one size, whose buffers would be the same, and large enough to be in each other's way.
+    images = [torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    expected, wrong, start = [frozen(i) for i in images], [], threading.Barrier(2)
+
+    def work(order):
+        start.wait()
+        try:
+            for _ in range(30):
+                wrong.extend(n for n in order if not torch.equal(frozen(images[n]), expected[n]))
+        except Exception as reason:
+            wrong.append(reason)
+
+    threads = [threading.Thread(target=work, args=(order,)) for order in ([0, 1], [2, 3])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_many_image_sizes_do_not_fill_the_memory(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.ReLU(), conv()), x)
+    for width in range(1, 60):
+        frozen(torch.zeros(1, 4, 3, width))
+    assert len(frozen._local.buffers) < 20
+
+
+# ------------------------------------------------------------------------------ a network that learned
+
+
+@pytest.fixture(scope="module")
+def trained(textures):
+    network = models.resnet8(classes=4, seed=0)
+    fit(network, textures, epochs=6, lr=0.1, batch_size=32, augment="none", progress=False)
+    return network.eval()
+
+
+@pytest.mark.parametrize("multiplier", ["mul8s_1KV6", ROUGH, MANY])
+def test_a_trained_network_keeps_its_accuracy(trained, textures, multiplier):
+    network = copy.deepcopy(trained)
+    x = textures.normalised(textures.x_test)
+    approximate(network, multiplier, calibration=textures.normalised(textures.x_train[:64]), per_channel=True)
+    frozen = freeze(network)
+    assert frozen.eager == {}
+    with torch.no_grad():
+        unfrozen = network(x)
+    assert (frozen(x) - unfrozen).norm() < 0.02 * unfrozen.norm()
+    # 64 images: one that changes sides is 1/64.
+    before, after = evaluate(network, textures, progress=False), evaluate(frozen, textures, progress=False)
+    assert before > 0.6 and abs(before - after) <= 2 / 64
+    assert (predict(frozen, textures, batch_size=23, progress=False) == predict(frozen, textures, progress=False)).all()
