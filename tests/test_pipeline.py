@@ -194,6 +194,14 @@ def test_a_chain_of_convolutions_without_batch_norm_is_the_network_itself(x):
     assert frozen.eager == {} and "3 convolutions in the pipeline" in repr(frozen)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_six_is_the_ceiling_where_no_codes_follow(x, residual):
+    # Before a layer that was calibrated on values up to 6, code 127 is a ceiling already; here nothing else cuts.
+    network = Net(lambda net, x: net.six(net.a(x) + x if residual else net.a(x)), a=conv(), six=nn.ReLU6())
+    frozen = check(network, x * 40)
+    assert frozen(x * 40).max() == 6 and "1 convolutions" in repr(frozen)
+
+
 def test_batch_norm_without_relu_gives_signed_codes(x):
     check(nn.Sequential(conv(), nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4, affine=False), conv()), x, same=False)
     check(nn.Sequential(conv(), conv(), conv()), x, MANY)

@@ -155,10 +155,12 @@ class PackedConv2d:
     def _errs(self, shape: torch.Size) -> bool:
         """Shapes on which torch 2.13's units err, or crash: found by trying thousands.
 
-        Those are results of one column, and windows that may lie in the border with more than half their reach.
+        Those are results of one column, and windows of which hardly a cell lies in the image.
         """
-        options = zip(self.padding, self.dilation, self.weight.shape[2:], strict=True)
-        return self.result_shape(shape)[3] == 1 or any(2 * p > d * (k - 1) for p, d, k in options)
+        if self.result_shape(shape)[3] == 1:
+            return True
+        options = zip(shape[2:], self.padding, self.dilation, self.weight.shape[2:], strict=True)
+        return any(p and (2 * p > d * (k - 1) or side <= d * (k - 1)) for side, p, d, k in options)
 
     def _by_a_detour(self, x: Tensor, **after: float | None) -> Tensor:
         """The same with the border made by hand, and with more columns than wanted."""
