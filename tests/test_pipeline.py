@@ -1,6 +1,7 @@
 """A frozen network equals its law in every bit, and the network it was made from but for BatchNorm's rounding."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from axmoe_lite import Multiplier, approximate, kernels, models, restore
+from axmoe_lite.layers import Matmul
 from axmoe_lite.pipeline import freeze
 from axmoe_lite.train import evaluate, fit, predict
 
@@ -641,3 +643,21 @@ def test_a_trained_network_keeps_its_accuracy(trained, textures, multiplier):
     before, after = evaluate(network, textures, progress=False), evaluate(frozen, textures, progress=False)
     assert before > 0.6 and abs(before - after) <= 2 / 64
     assert (predict(frozen, textures, batch_size=23, progress=False) == predict(frozen, textures, progress=False)).all()
+
+
+# ------------------------------------------------------------------------------------------ the law's corners
+
+
+def test_a_product_of_two_matrices_and_a_single_image(x):
+    network = Net(lambda net, x: net.m(net.a(x).flatten(1), net.a(x).flatten(1).t()), a=conv(), m=Matmul())
+    check(network, x, {"a": ROUGH, "m": ROUGH})
+    layer = approximate(nn.Sequential(conv()), {"0": ROUGH}, calibration=x)
+    with torch.no_grad():
+        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+    with pytest.raises(ValueError, match=r"batches of images \[N, C, H, W\]"):
+        freeze(layer)(x[0])
+
+
+def test_a_frozen_network_can_be_pickled(x):
+    frozen = frozen_of(nn.Sequential(conv(), nn.ReLU(), conv()), x)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))

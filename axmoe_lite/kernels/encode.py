@@ -102,6 +102,7 @@ def _quantise_rows(
     x: Tensor, channels: int, inverse_scale: float, least: int, offset: int, instructions: tuple, out: Tensor
 ) -> bool:
     """The compiled pass over values [P c] as they lie in memory; returns whether some code was negative."""
+    assert x.dtype == torch.float32 and out.element_size() == 1, "the compiled pass reads memory as it is"
     seen = np.zeros(-(-x.numel() // channels), np.uint8)  # as many as there can be tasks
     numbers = np.float32(inverse_scale), np.float32(least), offset
     _run("quantise_rows", x.numel(), channels, channels, *numbers, *instructions, x, out, seen)

@@ -187,14 +187,16 @@ class PackedConv2d:
         return torch.zeros(len(self.weight), dtype=torch.int)
 
     def _pack(self, shape: torch.Size) -> Tensor:
-        if (key := tuple(shape)) not in self._packed:
-            if len(self._packed) == 4:  # a new image size each time must not fill the memory
-                self._packed.pop(next(iter(self._packed)))
+        key = tuple(shape)
+        if (found := self._packed.get(key)) is None:
             options = [list(pair) for pair in (self.stride, self.padding, self.dilation)]
-            self._packed[key] = torch.ops.onednn.qconv_prepack(
+            found = torch.ops.onednn.qconv_prepack(
                 self.weight, self.scale, 1.0, self.offset, *options, self.groups, list(shape)
             )
-        return self._packed[key]
+            for old in list(self._packed)[:-3]:  # a new image size each time must not fill the memory
+                self._packed.pop(old, None)  # which another thread may have done
+            self._packed[key] = found
+        return found
 
 
 @dataclass(eq=False)

@@ -140,6 +140,8 @@ class ApproxConv2d(_Weighted):
         if self.image_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, self.image_padding, mode=mode)
+        if x.ndim == 3:  # one image without a batch, as nn.Conv2d takes it
+            return gradients.Convolution.apply(x[None], self.weight, self.bias, self)[0]
         return gradients.Convolution.apply(x, self.weight, self.bias, self)
 
     def extra_repr(self) -> str:

@@ -21,7 +21,6 @@ are at the call: freeze again after training.
 Chapter: 04, "Faster than float32?"
 """
 
-import copy
 import threading
 from typing import Any
 
@@ -86,8 +85,9 @@ class Frozen(nn.Module):
             raise ValueError(f"The network takes {len(self._inputs)} inputs; it was given {len(inputs)}.")
         return dict(zip(self._inputs, [*inputs, *defaults], strict=True))
 
-    def __deepcopy__(self, memo: dict) -> "Frozen":
-        return freeze(copy.deepcopy(self.network, memo))
+    def __reduce__(self) -> tuple:
+        # Copies are frozen anew: the units' memory can be neither copied nor written to a file.
+        return freeze, (self.network,)
 
     def __repr__(self) -> str:
         fused = [step for step in self._steps.values() if isinstance(step, Convolve)]

@@ -61,6 +61,10 @@ class Encode:
 
     def run(self, values: dict, buffers: dict) -> Tensor:
         product, x = self.product, values[self.source]
+        if x.ndim != 4:
+            raise ValueError(
+                f"A frozen network takes batches of images [N, C, H, W]; a convolution met {list(x.shape)}."
+            )
         x = factored.padded(x, product.by_hand)
         rows = x.permute(0, 2, 3, 1).contiguous()
         shape = (*rows.shape[:-1], rows.shape[-1] * product.factors.rank)
@@ -159,9 +163,9 @@ def _layer_by_law(layer: Approximate, *inputs: Tensor) -> Tensor:
     table = layer.multiplier.table
     if not hasattr(layer, "product"):
         a, b = (codes_of_law(x, float(1.0 / getattr(layer, s))) for x, s in zip(inputs, layer.SCALES, strict=True))
-        pairs = zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)
-        sums = torch.stack([reference.matmul(x, y, table) for x, y in pairs]).unflatten(0, a.shape[:-2])
-        return sums.float() * (layer.scale_a * layer.scale_b)
+        pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+        sums = torch.stack([reference.matmul(x, y, table) for x, y in pairs])
+        return sums.view(*a.shape[:-1], b.shape[-1]).float() * (layer.scale_a * layer.scale_b)
     product, (x,) = layer.product(), inputs
     if isinstance(layer, ApproxConv2d):
         if layer.image_padding is not None:
@@ -171,7 +175,7 @@ def _layer_by_law(layer: Approximate, *inputs: Tensor) -> Tensor:
         sums = _channels_last(reference.conv2d(codes, product.weight, table, **product.options))
         scale, bias = (None if t is None else t.view(-1, 1, 1) for t in (product.scale, product.bias))
     else:
-        codes = codes_of_law(x, product.inverse_scale).flatten(0, -2)
-        sums = reference.matmul(codes, product.weight.T, table).unflatten(0, x.shape[:-1])
+        codes = codes_of_law(x, product.inverse_scale).view(-1, x.shape[-1])
+        sums = reference.matmul(codes, product.weight.T, table).view(*x.shape[:-1], -1)
         scale, bias = product.scale, product.bias
     return sums.float() * scale if bias is None else sums.float() * scale + bias
