@@ -24,7 +24,7 @@ from axmoe_lite.multipliers import EXACT, Multiplier
 from axmoe_lite.multipliers import multiplier as by_name
 
 PATHS = ("auto", "factored", "lookup", "reference")
-ALWAYS_FACTORED = 5  # ranks up to the EvoApproxLib circuits' need no measurement
+ALWAYS_FACTORED = factored.FEW_TERMS  # these need no measurement
 
 
 def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") -> Tensor:

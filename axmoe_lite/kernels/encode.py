@@ -134,13 +134,14 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def codes_of(values: Tensor, inverse_scale: float, least: int = -LIMIT) -> Tensor:
-    """round(value * inverse_scale) in least..127, half to even: int8, same shape and layout in memory.
+    """round(value * inverse_scale) in least..127, half to even: int8, same shape.
 
     NaN has no code; it becomes 0 on every path.
     """
-    if not _compiled_takes(values):
+    if _compiled() is None or values.dtype != torch.float32 or values.device.type != "cpu":
         scaled = (values.float() * inverse_scale).round_().clamp_(least, LIMIT)
         return scaled.nan_to_num_(nan=0.0).to(torch.int8)
+    values = values if _compiled_takes(values) else values.contiguous()
     codes, size = torch.empty_like(values, dtype=torch.int8), values.numel()
     if size:
         _quantise_rows(values, min(size, _compiled().TASK), inverse_scale, least, 0, _ALL_BITS, codes)

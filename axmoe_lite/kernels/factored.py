@@ -23,6 +23,8 @@ from axmoe_lite.kernels import cuda, int8
 from axmoe_lite.kernels.encode import encode, unsigned
 from axmoe_lite.multipliers import Multiplier
 
+FEW_TERMS = 5  # what the EvoApproxLib circuits need at most; beyond, lookups may be cheaper
+
 
 def rank(multiplier: Multiplier) -> int:
     """How many exact products one approximate product takes."""
@@ -45,14 +47,28 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor:
         return _matmul_in_bytes(a, b, factors)
     # A batch of small products: floats, where they need no cutting, have one call for all of it.
     dtype, total = getattr(torch, arithmetic.name), None
-    with torch.autocast(a.device.type, enabled=False):
-        for start in range(0, fan_in, arithmetic.chunk):
-            part = slice(start, start + arithmetic.chunk)
-            left = _terms(a[..., part], factors, "u", dtype, axis=-1)  # [..., M, R k]
-            right = _terms(b[..., part, :], factors, "v", dtype, axis=-2)  # [..., R k, N]
-            sums = (left @ right).to(torch.int32)
-            total = sums if total is None else total.add_(sums)
+    for start in range(0, fan_in, arithmetic.chunk):
+        part = slice(start, start + arithmetic.chunk)
+        sums = _in_floats(a[..., part], b[..., part, :], factors, dtype).to(torch.int32)
+        total = sums if total is None else total.add_(sums)
     return total
+
+
+def float_sums(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor | None:
+    """As :func:`matmul` for a batch, but as float32 [..., M, N], if they are exact there without cutting; else None."""
+    factors, fan_in = factorise(multiplier), a.shape[-1]
+    if a.ndim == 2 or factors.rank == 0 or factors.rank > FEW_TERMS or 0 in (*a.shape, *b.shape):
+        return None
+    arithmetic = _arithmetic(factors, fan_in, 1, a.device)
+    exact = arithmetic.name == "float32" and arithmetic.chunk >= fan_in
+    return _in_floats(a, b, factors, torch.float32) if exact else None
+
+
+def _in_floats(a: Tensor, b: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
+    left = _terms(a, factors, "u", dtype, axis=-1)  # [..., M, R k]
+    right = _terms(b, factors, "v", dtype, axis=-2)  # [..., R k, N]
+    with torch.autocast(a.device.type, enabled=False):
+        return left @ right
 
 
 def _matmul_in_bytes(a: Tensor, b: Tensor, factors: Factors) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from axmoe_lite import kernels, quant
+from axmoe_lite.kernels import factored
 from axmoe_lite.kernels.encode import clear_outside, round_trip
 from axmoe_lite.multipliers import Multiplier
 
@@ -177,7 +178,9 @@ class Activations(torch.autograd.Function):
         ctx.save_for_backward(a, b, layer.scale_a, layer.scale_b)
         ctx.layer = layer
         codes = quant.quantise(a, layer.scale_a), quant.quantise(b, layer.scale_b)
-        return kernels.matmul(*codes, layer.multiplier).float().mul_(layer.scale_a * layer.scale_b)
+        sums = factored.float_sums(*codes, layer.multiplier)  # spares two passes over what may be a large result
+        sums = kernels.matmul(*codes, layer.multiplier).float() if sums is None else sums
+        return sums.mul_(layer.scale_a * layer.scale_b)
 
     @staticmethod
     @once_differentiable
