@@ -221,7 +221,7 @@ def test_the_machine_is_described():
 def test_the_command_prints_a_table_and_records_when_asked(tiny, elsewhere, capsys):
     assert main(["bench", "--quick", "--cases", "gemm", "--threads", "1", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "tiny, 1 thread  (2 turns" in printed and "1.00x" in printed and "mul8s_1L2J" in printed
+    assert "tiny, 1 thread\n  2 turns" in printed and "1.00x" in printed and "mul8s_1L2J" in printed
     assert not (elsewhere / "data").exists()
     assert main(["bench", "--quick", "--cases", "gemm", "--threads", "1", "--repeats", "2", "--record"]) == 0
     assert len(runs.read("speed_cases", scale="quick")) == 3

@@ -661,3 +661,12 @@ def test_a_product_of_two_matrices_and_a_single_image(x):
 def test_a_frozen_network_can_be_pickled(x):
     frozen = frozen_of(nn.Sequential(conv(), nn.ReLU(), conv()), x)
     assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+@pytest.mark.parametrize("backend", ["", "torch"])
+def test_a_network_on_a_table_that_is_looked_up(backend, monkeypatch):
+    # Nothing is fused, but pooling at the end adds up in an order that depends on the layout that layers hand out.
+    monkeypatch.setenv("AXMOE_LOOKUP", backend)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    frozen = check(settle(models.resnet8(classes=4)), images, "mitchell()")
+    assert len(frozen.eager) == 7

@@ -155,15 +155,15 @@ def record(rows: list[dict]) -> list[Path]:
 def table(rows: list[dict]) -> str:
     """The rows of one case as text for a terminal."""
     first = rows[0]
-    size = f"{first['repeats']} turns, {first['macs'] / 1e6:,.0f} M products"
-    lines = [f"{first['case']}, {_threads(first['threads'])}  ({size})"]
-    lines.append(f"  {'':<20} {'rank':>4} {'time':>11} {'speed':>8}   {'quartiles':<15} G products/s")
+    size = f"{first['repeats']} turns, {first['macs'] / 1e6:,.0f} M products; G/s: billions of products a second"
+    lines = [f"{first['case']}, {_threads(first['threads'])}", f"  {size}"]
+    lines.append(f"  {'':<18} {'rank':>4} {'time':>11} {'speed':>8}  {'quartiles':<14} {'G/s':>6}")
     for row in rows:
         speed, low, high = (_short(row[name]) for name in ("speed", "speed_low", "speed_high"))
         speed, spread = f"{speed}x", f"{low} to {high}"
         rate = row["macs"] / row["seconds"] / 1e9
-        line = f"  {row['column']:<20} {row['rank']!s:>4} {row['seconds'] * 1e3:8.2f} ms {speed:>8}   {spread:<15}"
-        lines.append(f"{line} {rate:12.3g}" + (f"  ({row['note']})" if row["note"] else ""))
+        line = f"  {row['column']:<18} {row['rank']!s:>4} {row['seconds'] * 1e3:8.2f} ms {speed:>8}  {spread:<14}"
+        lines.append(f"{line} {rate:6.3g}" + (f"\n  {'':<18} ({row['note']})" if row["note"] else ""))
     return "\n".join(lines)
 
 

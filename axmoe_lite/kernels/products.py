@@ -10,6 +10,7 @@ Chapter: 04, "Faster than float32?"
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from axmoe_lite import kernels
@@ -53,7 +54,9 @@ class _Product:
 
     def _rescaled(self, sums: Tensor, *, axis: int) -> Tensor:
         shape = [-1] + [1] * (sums.ndim - 1 - axis % sums.ndim)
-        y = sums.float().mul_(self.scale.view(shape))
+        # Every path hands out the same layout: what follows a layer may add up in an order that depends on it.
+        layout = torch.channels_last if sums.ndim == 4 else torch.preserve_format
+        y = sums.to(torch.float32, memory_format=layout).mul_(self.scale.view(shape))
         return y if self.bias is None else y.add_(self.bias.view(shape))
 
 
