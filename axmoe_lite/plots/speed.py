@@ -195,7 +195,7 @@ def speed_scaling(rows: list[dict]) -> alt.VConcatChart:
         "line:N",
         title=None,
         scale=alt.Scale(domain=list(colours), range=list(colours.values())),
-        legend=alt.Legend(orient="bottom", columns=5, labelLimit=300),
+        legend=alt.Legend(orient="bottom", columns=3, labelLimit=300),
     )
     domain = [min(1.0, series["rate"].min() / 1.5), table["rate"].max() * 1.6]
     y_scale = alt.Scale(type="log", domain=domain, nice=False)
