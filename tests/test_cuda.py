@@ -167,10 +167,13 @@ def test_a_wrong_or_missing_int_mm_is_noticed(monkeypatch):
     def refusing(left, right):
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
-    for broken in (saturating, refusing):
-        cuda._probed.cache_clear()
-        monkeypatch.setattr(torch, "_int_mm", broken)
+    cuda._probed.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    with pytest.warns(UserWarning, match="differs from the law"):
         assert not cuda.available("cpu")
+    cuda._probed.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", refusing)  # not there is no fault: nothing to warn of
+    assert not cuda.available("cpu")
     cuda._probed.cache_clear()
 
 
@@ -208,6 +211,17 @@ def test_lookup_sentinels_prove_which_operand_is_the_row(device):
     high, zero = high[None, None], zero[None, None]
     assert lookup.conv2d(high, zero, table, **PLAIN).item() == 3
     assert lookup.conv2d(zero, high, table, **PLAIN).item() == 5
+
+
+def test_lookup_is_tried_before_it_is_trusted(device, monkeypatch):
+    lookup.true_to_the_law.cache_clear()
+    assert lookup.true_to_the_law(torch.device(device))
+    lookup.true_to_the_law.cache_clear()
+    right = lookup.matmul
+    monkeypatch.setattr(lookup, "matmul", lambda *operands: right(*operands) + 1)
+    with pytest.warns(UserWarning, match="differs from the law"):
+        assert not lookup.true_to_the_law(torch.device(device))
+    lookup.true_to_the_law.cache_clear()
 
 
 def test_lookup_reaches_every_entry(device):

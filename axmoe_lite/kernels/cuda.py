@@ -14,6 +14,7 @@ torch, whose int32 wraps around: a total that fits 32 bits comes out right even 
 Chapter: 02, "Why is an approximate product just a few exact ones?"
 """
 
+import warnings
 from functools import lru_cache
 
 import torch
@@ -69,6 +70,11 @@ def _probed(device: torch.device) -> bool:
         except (RuntimeError, AttributeError):  # no kernel for this GPU; no _int_mm in this torch
             return False
         if not torch.equal(found.double(), left.double() @ right.double()):  # far below 2^53: exact
+            warnings.warn(
+                f"The int8 units of {device} are not used: a product of fan-in {k} differs from the law. Other"
+                " arithmetic takes their place; results are the same, slower.",
+                stacklevel=3,
+            )
             return False
     return True
 

@@ -21,6 +21,8 @@ import functools
 import importlib
 import logging
 import os
+import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import product
@@ -31,6 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from axmoe_lite.kernels import reference
 
 SWITCH = "AXMOE_LOOKUP"
 BACKENDS = ("permute", "loop", "torch")  # fastest first
@@ -132,7 +136,7 @@ def backend() -> str:
     Raises:
         ValueError: ``AXMOE_LOOKUP`` names no backend, or one that cannot run here.
     """
-    return _choose(os.environ.get(SWITCH, ""))
+    return getattr(_probing, "name", None) or _choose(os.environ.get(SWITCH, ""))
 
 
 @functools.cache
@@ -163,7 +167,36 @@ def _obstacles() -> dict[str, str]:
         return dict.fromkeys(("permute", "loop"), f"numba cannot be imported ({error})")
     if numba.config.DISABLE_JIT:
         return dict.fromkeys(("permute", "loop"), "NUMBA_DISABLE_JIT is set")
-    return {"permute": obstacle} if obstacle else {}
+    found = {"permute": obstacle} if obstacle else {}
+    for name in ("permute", "loop"):
+        if name not in found and not _true_to_the_law(name):
+            found[name] = "it differs from the law on this machine"
+            warnings.warn(
+                f"Products are not looked up by {name!r}: {found[name]}. Another way takes its place; results are"
+                " the same, slower.",
+                stacklevel=2,
+            )
+    return found
+
+
+_probing = threading.local()  # the backend that is being tried, while it is
+
+
+def _true_to_the_law(name: str) -> bool:
+    """Whether a compiled backend equals the reference on hard operands: every path is tried before it is trusted."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(-(2**15), 2**15, (256, 256), generator=generator, dtype=torch.int32)
+    b = torch.randint(-128, 128, (300, 17), generator=generator).to(torch.int8)
+    _probing.name = name
+    try:
+        for least in (-128, 0):  # with and without signs are two loops; 330 rows fill wide and narrow registers
+            a = torch.randint(least, 128, (330, 300), generator=generator).to(torch.int8)
+            a[0], a[-1] = least, 127
+            if not torch.equal(matmul(a, b, table), reference.matmul(a, b, table)):
+                return False
+    finally:
+        del _probing.name
+    return True
 
 
 def _compiled() -> ModuleType:

@@ -22,6 +22,7 @@ Chapter: 02, "Why is an approximate product just a few exact ones?"
 from __future__ import annotations  # "tl.constexpr" below is read by Triton, long before which tl is None
 
 import os
+import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from axmoe_lite.kernels import reference
 from axmoe_lite.multipliers.table import Q
 
 tl: Any = None  # triton.language, once imported: Triton looks it up among the kernel's globals
@@ -48,8 +50,28 @@ def available(device: torch.device | str) -> bool:
     if find_spec("triton") is None:
         return False
     if device.type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+        capable = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+        return capable and true_to_the_law(device)
     return device.type == "cpu" and "TRITON_INTERPRET" in os.environ and _interpreted()
+
+
+@lru_cache
+def true_to_the_law(device: torch.device) -> bool:
+    """Whether the kernel equals the reference on hard operands: tried once on each device, with a warning if not."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-128, 128, (37, 150), generator=generator).to(torch.int8)
+    b = torch.randint(-128, 128, (150, 17), generator=generator).to(torch.int8)
+    a[0], b[:, 0] = -128, 127
+    for bits in (15, 20):  # entries of 16 and of 32 bits are two kernels
+        table = torch.randint(-(2**bits), 2**bits, (256, 256), generator=generator, dtype=torch.int32)
+        if not torch.equal(matmul(a.to(device), b.to(device), table).cpu(), reference.matmul(a, b, table)):
+            warnings.warn(
+                f"Triton's lookup on {device} is not used: a product differs from the law. The law itself takes its"
+                " place; results are the same, much slower.",
+                stacklevel=3,
+            )
+            return False
+    return True
 
 
 def matmul(a: Tensor, b: Tensor, table: Tensor) -> Tensor:
