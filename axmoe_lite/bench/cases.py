@@ -21,6 +21,7 @@ from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, multiplier
 
 SEED = 0
 FLOAT32, PREPARED, NAIVE, FROZEN = "float32", "float32 prepared", "naive gather", " frozen"
+RANK_2 = "broken_array(1,0,2)"
 HIGH_RANK = ("mitchell()", "random table")  # rank 64 and 256: looked up, not factored
 FEW = (EXACT, "mul8s_1L2J", "mul8s_1KVA", "random table")  # one term (twice), five terms, a lookup
 GATHERED = "mul8s_1L2J"  # what the naive gather computes; its speed does not depend on the table
@@ -311,6 +312,21 @@ def _vit(quick: bool) -> list[Callable[[], Case]]:
     return [functools.partial(_network, "ViT-Small", "vit", make, 224, 1 if quick else 8, quick)]
 
 
+def _two_products(quick: bool) -> list[Callable[[], Case]]:
+    """Both CNNs on a circuit of rank 2, which none of the thirteen has."""
+
+    def build(name: str, make: Callable[..., nn.Module]) -> Case:
+        images = 8 if quick else 64
+        x = _draw(images, 3, 32, 32)
+        network = _settled(make(classes=100), x)
+        columns, _ = _network_columns(network, x, (RANK_2,), frozen=True, part=0)
+        macs = _products(network, x[:1]) * images
+        return Case(f"{name} forward, two products, {images} images", "two_products", columns, macs, images, {})
+
+    named = (("ResNet-20", models.resnet20), ("VGG11", models.vgg11_bn))
+    return [functools.partial(build, *each) for each in named]
+
+
 def _training(quick: bool) -> list[Callable[[], Case]]:
     """One step of ResNet-20: forward, straight-through backward in float32, SGD."""
 
@@ -394,6 +410,7 @@ CASES: dict[str, Callable[[bool], list[Callable[[], Case]]]] = {
     "resnet20": _resnet20,
     "vgg11": _vgg11,
     "vit": _vit,
+    "two_products": _two_products,
     "training": _training,
     "scaling": _scaling,
     "peak": _peak,
