@@ -11,7 +11,7 @@ processes: a batch is an index, and augmentation is two tensor operations (:func
 The last two are read from ``data/cache/<name>.npz`` if that file is there, else fetched through
 torchvision and written there. Letters: N images, C channels, H x W pixels.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import difflib

@@ -7,7 +7,7 @@ largest weight; for activations it is read off calibration batches (:class:`Hist
 Rounding is half to even, and x is multiplied by float32(1 / s) rather than divided by s: that is the
 order in which integer pipelines do it, and the two differ in rare bits.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 03, "How do floats become bytes?"
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 Rows of scale ``"paper"`` go to ``data/results/<study>.csv`` and are committed; rows of scale ``"quick"``
 go to ``data/cache/results`` and are not. :func:`read` refuses a file whose rows lack evidence.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import csv

@@ -3,7 +3,7 @@
 The same call gives the same numbers: every random draw of epoch e comes from a generator seeded by
 (seed, e), so a run that was killed and resumed is bit-equal to one that was not.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import json

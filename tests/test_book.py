@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from axmoe_lite.__main__ import WIDGET, _drop_widgets, chapters, main
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def chapter(stem: str) -> Path:
+    return ROOT / "book" / f"{stem}.ipynb"
 
 
 def papermill(chapter: Path, output: Path, *parameters: str, home: Path) -> dict:
@@ -26,19 +31,19 @@ def shown(notebook: dict) -> str:
 
 
 def test_a_chapter_runs_from_any_directory_with_other_parameters(tmp_path):
-    notebook = papermill(chapters()[1], tmp_path / "out.ipynb", "-p", "circuit", "roba()", home=tmp_path)
+    notebook = papermill(chapter("02_factors"), tmp_path / "out.ipynb", "-p", "circuit", "roba()", home=tmp_path)
     assert "Factors(rank 2)" in shown(notebook)
 
 
 def test_the_network_chapter_runs_on_another_image_set(tmp_path):
     parameters = ["-p", "dataset", "synthetic", "-p", "epochs", "3"]
-    notebook = papermill(chapters()[2], tmp_path / "out.ipynb", *parameters, home=tmp_path)
+    notebook = papermill(chapter("05_networks"), tmp_path / "out.ipynb", *parameters, home=tmp_path)
     assert "synthetic, 500 images, 3 epochs, seed 0 (quick)" in shown(notebook)
     assert (tmp_path / "data" / "cache" / "results" / "resilience_resnet20_synthetic.csv").exists()
 
 
 def test_the_speed_chapter_runs_where_nothing_was_recorded(tmp_path):
-    notebook = papermill(chapters()[3], tmp_path / "out.ipynb", "-p", "repeats", "1", home=tmp_path)
+    notebook = papermill(chapter("06_speed"), tmp_path / "out.ipynb", "-p", "repeats", "1", home=tmp_path)
     assert "ResNet-20 forward, 8 images, 1 thread" in shown(notebook) and "Nothing was recorded here" in shown(notebook)
 
 
@@ -60,7 +65,10 @@ def test_papermill_prints_a_help_for_every_parameter():
 
 
 def test_chapters_are_in_reading_order():
-    assert [path.stem for path in chapters()] == ["01_multipliers", "02_factors", "03_networks", "04_speed"]
+    numbers = [int(path.stem[:2]) for path in chapters()]
+    assert numbers == list(range(1, 10))
+    listed = [entry["file"] for entry in yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())["chapters"]]
+    assert [path.stem for path in chapters()] == [name for name in listed if name[0].isdigit()]
 
 
 @pytest.mark.parametrize("arguments", [[], ["bok"], ["book", "--scale", "papr"], ["book", "--scal", "quick"]])

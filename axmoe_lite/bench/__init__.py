@@ -10,7 +10,7 @@ A **column** is one way to compute a case: ``"float32"``, a multiplier's name (i
 Weights and images are random, from a seed; BatchNorm's statistics are set by one pass in training mode. Speed
 does not depend on them, so nothing needs to be learned first. From a shell: ``axmoe bench --quick``.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 from axmoe_lite.bench.cases import CASES, HIGH_RANK, Case, builders, planted_table, random_table

@@ -1,6 +1,6 @@
 """What is measured: each case is one piece of work and the ways to do it.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import copy

@@ -3,7 +3,7 @@
 This is how a first version is usually written, in any array library: correct, short, and three hundred times
 slower than float32. It shares no code with the fast paths.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import torch

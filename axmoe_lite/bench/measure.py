@@ -1,6 +1,6 @@
 """From a case to rows of evidence: all columns in turns, medians of ratios, one table.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

@@ -8,7 +8,7 @@
 M x K x N the product; for images N images, C channels in, O out. A layer, which multiplies by the same
 weights again and again, keeps a :class:`ConvProduct` or :class:`LinearProduct`.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

@@ -8,7 +8,7 @@ term after term, so that one product over R times the channels sums all terms:
 
 With numba this is one pass over memory; without it, a few of plain torch that give the same bytes.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

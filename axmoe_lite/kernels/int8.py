@@ -13,7 +13,7 @@ float32: signed activations go there only while no such sum can exceed 2^24 (:fu
 Not every processor sums bytes without saturating, so the units are tried once against the law
 (:func:`available`), and left alone, with one warning, where they differ.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

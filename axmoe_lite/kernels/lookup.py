@@ -14,7 +14,7 @@ the distance is k rows. So is a batch of images, once padded and laid out as
 where channel c and cell (i, j) of the kernel are one distance for all output positions. No patches are
 copied; the few positions that fall between rows or images are computed too, and dropped.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

@@ -14,7 +14,7 @@ add modulo 2^32, so partial sums may wrap as long as the whole fits.
 This module imports numba, so only :mod:`axmoe_lite.kernels.lookup` imports it, at the first product.
 A byte here is an operand's two's complement code: 0..127 as they are, -128..-1 as 128..255.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@ each step rounded to float32, scale[o] being float32(s_x * s_w[o]). On int8 unit
 is one pass over x, and the sum, the scaling and the bias are one operation; elsewhere (1) is computed as
 written. The bits are the same.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import numpy as np

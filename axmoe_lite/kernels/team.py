@@ -5,7 +5,7 @@ of each set stay awake for a while, on the same cores, in each other's way. So c
 functions, void f(long *arguments), and torch's OpenMP runtime is asked to run them on its team. Where torch
 has none that can be asked (macOS, Windows), the calling thread does all.
 
-Imports numba, so it is imported only when needed. Chapter: 04, "Faster than float32?"
+Imports numba, so it is imported only when needed. Chapter: 06, "Faster than float32?"
 """
 
 import ctypes

@@ -11,7 +11,7 @@ channel c):
 
 Weights stay floats that can be trained: what is computed from them is kept until they change.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 04, "What happens inside one layer?"
 """
 
 from axmoe_lite.layers.modules import ApproxConv2d, ApproxLinear, ApproxMatmul, Matmul

@@ -14,7 +14,7 @@ is a few ordinary products, of floats. Not from any of the papers; ApproxTorch o
 Where an activation was clipped its gradient is 0 (Bengio et al., 2013). The activation is saved as the float
 that came in, which ReLU and BatchNorm keep alive anyway: an approximate layer adds nothing to the memory.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The layers themselves: a convolution, a linear layer, and a product of two activations.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 04, "What happens inside one layer?"
 """
 
 import math

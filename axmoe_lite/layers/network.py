@@ -1,6 +1,6 @@
 """Into a network, and out: which layers multiply approximately, with what, and on which range.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import difflib

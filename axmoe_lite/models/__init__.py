@@ -8,7 +8,7 @@ Layer names are those of the public checkpoints (the CIFAR model zoo's ``layer2.
 ``features.4``, timm's ``blocks.0.attn.qkv``), because an assignment speaks of layers by name.
 The same seed gives the same weights, and leaves torch's own random numbers alone.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet, resnet8, resnet20

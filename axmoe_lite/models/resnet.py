@@ -2,7 +2,7 @@
 
 Letters: N images, C channels, H x W pixels.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import torch

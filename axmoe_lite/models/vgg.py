@@ -3,7 +3,7 @@
 Against the paper, the two linear layers of 4096 are of 512, because five poolings leave one pixel of a 32x32
 image, and BatchNorm follows every convolution. Letters: N images, C channels, H x W pixels.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import torch

@@ -6,7 +6,7 @@ their own (``blocks.0.attn.qk`` and ``.av``), so that an assignment can name the
 
 Letters: N images, H x W pixels, T tokens, D features, h heads; M x K x N the product.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import torch

@@ -18,7 +18,7 @@ The unfrozen network differs by the rounding of BatchNorm alone, which flips a c
 What is not recognised runs as it is, and :attr:`Frozen.eager` says what and why. Weights are taken as they
 are at the call: freeze again after training.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import threading

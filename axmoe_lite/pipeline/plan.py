@@ -1,6 +1,6 @@
 """From a network to the steps of its frozen form: trace it, and see what can go with each convolution.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import copy

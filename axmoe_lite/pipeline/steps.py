@@ -2,7 +2,7 @@
 
 A value is a float tensor, or codes: 0..127 in uint8 where they come from the units, int8 in the law.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@
     networks       what a network makes of it
     speed          what simulating it costs
 
-Chapters: 01 to 04.
+Chapters: 01 to 06.
 """
 
 from axmoe_lite.plots.multipliers import (

@@ -1,6 +1,6 @@
 """What a network makes of approximate products.
 
-Chapter: 03, "What happens to a network?"
+Chapter: 05, "What happens to a network?"
 """
 
 import altair as alt

@@ -1,6 +1,6 @@
 """What simulating an approximate multiplier costs, against the same work in float32.
 
-Chapter: 04, "Faster than float32?"
+Chapter: 06, "Faster than float32?"
 """
 
 import altair as alt
