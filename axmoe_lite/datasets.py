@@ -16,20 +16,19 @@ Chapter: 05, "What happens to a network?"
 
 import difflib
 import os
-import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from axmoe_lite import paths
+from axmoe_lite.models import import_torchvision
 
 KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
 
@@ -304,31 +303,6 @@ def _download_cifar(path: Path, torchvision_class: str) -> None:
             classes=np.array(train.classes),
         )
         os.replace(finished, path)
-
-
-_nms_library: torch.library.Library | None = None  # must outlive the import that needs it
-
-
-def import_torchvision() -> ModuleType:
-    """Import torchvision, also where a CPU-only torch meets a torchvision built for CUDA.
-
-    Such a torchvision cannot load its compiled part and then fails because the two operators that
-    part would have declared are missing. Declaring them lets everything written in Python work
-    (its models, its data sets); box suppression itself stays unavailable.
-    """
-    global _nms_library
-    try:
-        import torchvision
-    except RuntimeError as reason:
-        if "torchvision::nms" not in str(reason):
-            raise
-        for broken in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[broken]
-        _nms_library = torch.library.Library("torchvision", "DEF")
-        _nms_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _nms_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float score_threshold) -> Tensor")
-        import torchvision
-    return torchvision
 
 
 LOADERS: dict[str, Callable[[], Images]] = {

@@ -1,12 +1,10 @@
 """Image sets: the offline ones are real and learnable, the others refuse what is damaged."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from axmoe_lite import datasets, paths
+from axmoe_lite import datasets, models, paths
 from axmoe_lite.datasets import Images, crop_flip
 
 REAL = paths.CHECKOUT / "data" / "cache" / "cifar100.npz"
@@ -157,7 +155,7 @@ def test_without_a_network_the_message_says_what_to_do(elsewhere, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no route to host")
 
-    torchvision = datasets.import_torchvision()
+    torchvision = models.import_torchvision()
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", refuse)
     with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*cifar100\.npz.*digits\(\) and"):
         datasets.cifar100()
@@ -173,10 +171,10 @@ def test_a_download_is_written_once_in_our_form(elsewhere, monkeypatch):
             self.data[0, 0, 1] = (1, 2, 3)
             self.targets = [i % 10 for i in range(n)]
 
-    monkeypatch.setattr(datasets.import_torchvision().datasets, "CIFAR10", Source)
+    monkeypatch.setattr(models.import_torchvision().datasets, "CIFAR10", Source)
     images = datasets.cifar10()
     assert images.x_train[0, :, 0, 1].tolist() == [1, 2, 3] and images.classes[3] == "class 3"
-    monkeypatch.delattr(datasets.import_torchvision().datasets, "CIFAR10")
+    monkeypatch.delattr(models.import_torchvision().datasets, "CIFAR10")
     assert torch.equal(datasets.cifar10().x_test, images.x_test), "read from the file the second time"
 
 
@@ -185,11 +183,6 @@ def test_unknown_sets_are_refused():
         datasets.load("cifar")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         datasets.read_npz("nowhere.npz")
-
-
-def test_torchvision_imports_on_a_cpu_build():
-    torchvision = datasets.import_torchvision()
-    assert torchvision is sys.modules["torchvision"] is datasets.import_torchvision()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real CIFAR-100 in data/cache/cifar100.npz")

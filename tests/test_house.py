@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
 STAIRCASE = (  # noqa: SIM905
-    "paths multipliers factors kernels quant layers pipeline models datasets train runs bench plots __main__"
+    "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs bench plots __main__"
 ).split()
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
@@ -42,9 +42,18 @@ def test_a_module_imports_only_modules_to_its_left():
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong} from its right"
 
 
+def test_experts_and_approximation_meet_in_names_only():
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "moe":
+            assert imports_of(path) <= {"moe"}, f"{path.name} knows of more than experts"
+        if own in ("multipliers", "factors", "kernels", "quant", "layers", "pipeline"):
+            assert "moe" not in imports_of(path), f"{own}/{path.name} knows of experts"
+
+
 def test_the_staircase_is_what_the_package_says():
     text = (PACKAGE / "__init__.py").read_text()
-    assert " ".join(STAIRCASE) in text
+    assert " ".join(STAIRCASE) in " ".join(text.split())
     readme = (ROOT / "README.md").read_text()
     places = [readme.index(f"  {name.replace('__main__', '__main__.py')}") for name in STAIRCASE]
     assert places == sorted(places)

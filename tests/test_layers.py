@@ -19,7 +19,6 @@ from axmoe_lite import (
     multiplier,
     restore,
 )
-from axmoe_lite.datasets import import_torchvision
 from axmoe_lite.multipliers import exact_table
 from axmoe_lite.quant import fake_quantise, quantise, weight_scale
 
@@ -293,7 +292,7 @@ def test_attention_is_named_as_left_exact():
 def test_torchvision_networks(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = getattr(import_torchvision().models, name)(num_classes=5).eval()
+        network = getattr(models.import_torchvision().models, name)(num_classes=5).eval()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = network(x)

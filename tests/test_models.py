@@ -6,9 +6,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from axmoe_lite import approximate, assignment_of, models, restore
-from axmoe_lite.models import Matmul, PadShortcut, ViT, resnet8, resnet20, vgg11_bn, vgg19_bn, vit_small
+from axmoe_lite.models import (
+    Matmul,
+    PadShortcut,
+    ViT,
+    mobilenet_v2,
+    resnet8,
+    resnet20,
+    resnet56,
+    vgg11_bn,
+    vgg19_bn,
+    vit_small,
+)
 
-CNNS = [resnet8, resnet20, vgg11_bn, vgg19_bn]
+CNNS = [resnet8, resnet20, resnet56, vgg11_bn, vgg19_bn, mobilenet_v2]
 
 
 def counts(network, size=32):
@@ -62,8 +73,10 @@ def x():
     "make,classes,macs,size",
     [  # millions, as the CIFAR model zoo prints them
         (resnet20, 10, 40.81, 0.27), (resnet20, 100, 40.82, 0.28),
+        (resnet56, 10, 125.75, 0.86), (resnet56, 100, 125.75, 0.86),
         (vgg11_bn, 10, 153.29, 9.76), (vgg11_bn, 100, 153.34, 9.80),
         (vgg19_bn, 10, 398.66, 20.57), (vgg19_bn, 100, 398.71, 20.61),
+        (mobilenet_v2, 10, 87.98, 2.24), (mobilenet_v2, 100, 88.09, 2.35),
     ],
 )  # fmt: skip
 def test_cnns_have_the_published_size(make, classes, macs, size):
@@ -76,6 +89,16 @@ def test_resnet20_is_named_like_the_model_zoo():
     found = names(resnet20(classes=10), nn.Conv2d, nn.Linear)
     assert found[:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"] and found[-1] == "fc" and len(found) == 22
     assert "layer2.0.downsample.0" in found
+
+
+def test_resnet56_is_resnet20_with_six_more_blocks_in_a_stage():
+    found = names(resnet56(classes=100), nn.Conv2d, nn.Linear)
+    assert len(found) == 1 + 3 * 9 * 2 + 2 + 1 and found[-2:] == ["layer3.8.conv2", "fc"]
+    # AxMoE's gateway: 0.442 M in the first convolution, 18 of 2.359 M in each stage but for the two that come from
+    # half as many channels (1.180 M), projections of 0.131 M, 6,400 in the classifier.
+    hand = 1024 * 27 * 16 + 52 * 1024 * 9 * 16**2 + 2 * 1024 * 9 * 16**2 // 2 + 2 * 256 * 16 * 32 + 64 * 100
+    assert counts(resnet56(classes=100))["layers"] == hand == 125_753_600
+    assert not any("downsample" in name for name in names(resnet56(classes=10, shortcut="pad"), nn.Conv2d))
 
 
 def test_vgg_is_numbered_like_the_model_zoo():
@@ -133,6 +156,43 @@ def test_vgg_by_plain_functions():
         y = y.relu() if i < 6 else y
     torch.testing.assert_close(network(x), y, rtol=1e-10, atol=1e-10)
     assert (y[0] - y[1]).abs().max() > 1e-5, "different images get different scores"
+
+
+def test_the_parameters_behind_the_published_overhead():
+    network = mobilenet_v2(classes=200)
+    gamma_and_beta = sum(parameters(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert (parameters(network), gamma_and_beta) == (2_480_072, 34_112)
+    # QoS-Nets: three operating points, two of which bring their own gammas and betas.
+    assert round(100 * 2 * gamma_and_beta / parameters(network), 3) == 2.751
+
+
+def test_mobilenet_has_the_published_size_at_imagenet_strides():
+    network = mobilenet_v2(classes=1000, strides="imagenet")
+    assert parameters(network) == 3_504_872  # torchvision's figure; the paper says 3.4 M
+    assert counts(network, 224)["layers"] == 300_774_272  # the paper's 300 M, torchvision's 0.301 G
+
+
+def test_strides_decide_where_mobilenet_halves():
+    for strides, sides in (("small", [32, 32, 32, 16, 8, 8, 4, 4]), ("imagenet", [16, 16, 8, 4, 2, 2, 1, 1])):
+        network = mobilenet_v2(classes=3, strides=strides).eval()
+        seen = []
+        for i in (0, 1, 3, 6, 10, 13, 16, 17):  # the first convolution, then the last block of each stage
+            network.features[i].register_forward_hook(lambda m, inputs, output: seen.append(output.shape[-1]))  # noqa: B023
+        network(torch.zeros(1, 3, 32, 32))
+        assert seen == sides
+    for n, side in ((1, 64), (2, 23), (3, 9)):
+        assert mobilenet_v2(classes=7).eval()(torch.zeros(n, 3, side, side)).shape == (n, 7)
+
+
+def test_mobilenet_can_be_traced_and_approximated():
+    network = mobilenet_v2(classes=3).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact = network(x)
+        assert torch.equal(torch.fx.symbolic_trace(network)(x), exact)
+        assert not torch.equal(approximate(network, "mul8s_1L2L", calibration=x)(x), exact)
+    assert len(assignment_of(network)) == 52, "each convolution, and not the classifier"
+    assert torch.equal(restore(network)(x), exact)
 
 
 @pytest.mark.parametrize("make", CNNS)
@@ -285,13 +345,16 @@ def test_seeds_decide_the_weights_and_nothing_else(make):
 
 
 def test_every_name_that_is_promised_exists():
-    assert {"resnet8", "resnet20", "vgg11_bn", "vgg19_bn", "vit_small"} < set(models.__all__)
+    made = {"resnet8", "resnet20", "resnet56", "vgg11_bn", "vgg19_bn", "mobilenet_v2", "vit_small"}
+    assert made | {"load_weights", "import_torchvision"} < set(models.__all__)
     assert all(hasattr(models, name) for name in [*models.__all__, "BasicBlock", "ResNet"])
 
 
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="'conv'.*'projection' or 'pad'"):
         resnet20(classes=10, shortcut="conv")
+    with pytest.raises(ValueError, match="'cifar'.*'small'.*or 'imagenet'"):
+        mobilenet_v2(classes=10, strides="cifar")
     for make in (*CNNS, vit_small):
         with pytest.raises(ValueError, match="classes is 0.*at least 1"):
             make(classes=0)

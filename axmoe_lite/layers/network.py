@@ -4,6 +4,7 @@ Chapter: 05, "What happens to a network?"
 """
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,18 +41,53 @@ def approximable(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def default_layers(network: nn.Module) -> list[str]:
-    """The layers that one multiplier for all goes to: all that have weights, but a final classifier.
+# Parts of a network that stay exact, by a component of their name.
+ROUTERS = ("gate", "gateway", "router")
+CLASSIFIERS = ("classifier", "fc", "head", "heads")
+EMBEDDINGS = ("patch_embed", "conv_proj")  # timm's and torchvision's names
+SHORTCUTS = ("downsample", "shortcut", "skip")
 
-    The classifier is the last ``nn.Linear``, if no convolution comes after it. AxMoE approximates all
-    convolutions of the CNNs and leaves the classifier exact; attention's products, which have no weights,
-    stay exact there too, and are approximated when an assignment names them.
+
+def default_layers(network: nn.Module, *, stem: bool = True, shortcuts: bool = True) -> list[str]:
+    """The layers that one multiplier for all goes to: all that have weights, but those that AxMoE keeps exact.
+
+    AxMoE approximates all convolutions of the CNNs and all linear layers of a transformer's blocks. Exact stay,
+    by a component of their dotted name: gates (``gate``, ``gateway``, ``router``), linear layers of the
+    classifier (``classifier``, ``fc``, ``head``, ``heads``; where nothing is called so, the last linear layer if
+    no convolution comes after it) and a transformer's patch embedding (``patch_embed``, ``conv_proj``).
+    Attention's products, which have no weights, are approximated when an assignment names them.
+
+    Args:
+        stem: whether the first convolution is among them (of each expert, where there are several).
+        shortcuts: whether 1x1 convolutions on a ``downsample``, ``shortcut`` or ``skip`` are.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    >>> default_layers(net), default_layers(net, stem=False)
+    (['0', '2'], ['2'])
     """
-    kinds = {name: exact_kind(layer) for name, layer in approximable(network).items()}
-    names = [name for name, kind in kinds.items() if kind is not Matmul]
-    if names and kinds[names[-1]] is nn.Linear:
-        names.pop()
+    layers = {name: layer for name, layer in approximable(network).items() if exact_kind(layer) is not Matmul}
+    classifier = [n for n, m in layers.items() if exact_kind(m) is nn.Linear and _among(n, CLASSIFIERS + ROUTERS)]
+    if not any(_among(name, CLASSIFIERS) for name in classifier) and layers:
+        last = list(layers)[-1]
+        classifier += [last] if exact_kind(layers[last]) is nn.Linear else []
+    names = [n for n in layers if n not in classifier and not _among(n, ROUTERS + EMBEDDINGS)]
+    convolutions = [name for name in names if exact_kind(layers[name]) is nn.Conv2d]
+    if convolutions and not stem:
+        first = _without_experts(convolutions[0])
+        names = [name for name in names if _without_experts(name) != first]
+    if not shortcuts:
+        small = {n for n in convolutions if layers[n].kernel_size == (1, 1) and _among(n, SHORTCUTS)}
+        names = [name for name in names if name not in small]
     return names
+
+
+def _among(name: str, components: tuple[str, ...]) -> bool:
+    return not set(name.split(".")).isdisjoint(components)
+
+
+def _without_experts(name: str) -> str:
+    """The name that a layer has in the dense network: "a.experts.3.b" is "a.b" there."""
+    return re.sub(r"(^|\.)experts\.\d+(?=\.|$)", "", name).lstrip(".")
 
 
 def exact_kind(layer: nn.Module) -> type[nn.Module]:
@@ -243,7 +279,8 @@ def _calibrate(
             if not layer.histograms[0].counts.sum():
                 raise ValueError(
                     f"Layer {name!r} was not called on the calibration images (there were none, or the network reads"
-                    " its weights without calling it), so approximating it would change nothing."
+                    " its weights without calling it, or it is an expert to which none of them goes: then calibrate"
+                    " inside `with moe.no_idle_experts(network)`)."
                 )
             for scale, histogram in zip(layer.SCALES, layer.histograms, strict=True):
                 getattr(layer, scale).copy_(histogram.scale(method, percentile=percentile))

@@ -1,29 +1,49 @@
-"""Networks of the papers, written plainly.
+"""Networks of the papers, written plainly, and the weights that others have trained for them.
 
-    resnet    resnet8, resnet20: He et al. for CIFAR
-    vgg       vgg11_bn, vgg19_bn: Simonyan & Zisserman for CIFAR
-    vit       vit_small: Dosovitskiy et al., for Tiny ImageNet
+    resnet      resnet8, resnet20, resnet56: He et al. for CIFAR
+    vgg         vgg11_bn, vgg19_bn: Simonyan & Zisserman for CIFAR
+    mobilenet   mobilenet_v2: Sandler et al., for 32, 64 and 224 pixels
+    vit         vit_small: Dosovitskiy et al., for Tiny ImageNet
+    topology    upcycle: the same networks as Hard, Soft and Cluster mixtures of experts
+    foreign     load_weights: timm's, torchvision's and the CIFAR zoo's files; import_torchvision
 
 Layer names are those of the public checkpoints (the CIFAR model zoo's ``layer2.0.conv1`` and
-``features.4``, timm's ``blocks.0.attn.qkv``), because an assignment speaks of layers by name.
-The same seed gives the same weights, and leaves torch's own random numbers alone.
+``features.4``, torchvision's ``features.1.conv.0.0``, timm's ``blocks.0.attn.qkv``), because an
+assignment speaks of layers by name.
+The same seed gives the same weights, and leaves torch's own random numbers alone. Every factory takes
+``topology`` with the options of :func:`upcycle`, and most a ``width``, the share of the published channels.
+
+    resnet20(classes=100, topology="hard", experts=4, r=0.5)
 
 Chapter: 05, "What happens to a network?"
 """
 
-from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet, resnet8, resnet20
+from axmoe_lite.models.foreign import Loaded, import_torchvision, load_weights
+from axmoe_lite.models.mobilenet import InvertedResidual, MobileNetV2, mobilenet_v2
+from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet, resnet8, resnet20, resnet56
+from axmoe_lite.models.topology import TOPOLOGIES, eligible, upcycle
 from axmoe_lite.models.vgg import VGG, vgg11_bn, vgg19_bn
 from axmoe_lite.models.vit import Matmul, ViT, vit_small
 
 __all__ = [
+    "TOPOLOGIES",
     "VGG",
     "BasicBlock",
+    "InvertedResidual",
+    "Loaded",
     "Matmul",
+    "MobileNetV2",
     "PadShortcut",
     "ResNet",
     "ViT",
+    "eligible",
+    "import_torchvision",
+    "load_weights",
+    "mobilenet_v2",
     "resnet8",
     "resnet20",
+    "resnet56",
+    "upcycle",
     "vgg11_bn",
     "vgg19_bn",
     "vit_small",

@@ -5,8 +5,11 @@ Letters: N images, C channels, H x W pixels.
 Chapter: 05, "What happens to a network?"
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
+
+from axmoe_lite.models.topology import finish, scaled
 
 
 class BasicBlock(nn.Module):
@@ -57,18 +60,23 @@ class ResNet(nn.Module):
         blocks: n, the residual blocks in each of the three stages (16, 32 and 64 channels).
         classes: number of classes.
         shortcut: ``"projection"`` or ``"pad"``, see :class:`BasicBlock`.
+        channels: of the three stages.
     """
 
-    def __init__(self, blocks: int, classes: int, shortcut: str) -> None:
+    def __init__(self, blocks: int, classes: int, shortcut: str, channels: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        first, second, third = channels
+        self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(16, 16, 1, blocks, shortcut)
-        self.layer2 = self._stage(16, 32, 2, blocks, shortcut)
-        self.layer3 = self._stage(32, 64, 2, blocks, shortcut)
+        self.layer1 = self._stage(first, first, 1, blocks, shortcut)
+        self.layer2 = self._stage(first, second, 2, blocks, shortcut)
+        self.layer3 = self._stage(second, third, 2, blocks, shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(64, classes)
+        self.fc = nn.Linear(third, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
     def _stage(c_in: int, c: int, stride: int, blocks: int, shortcut: str) -> nn.Sequential:
@@ -81,7 +89,15 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def resnet20(*, classes: int, seed: int = 0, shortcut: str = "projection") -> ResNet:
+def resnet20(
+    *,
+    classes: int,
+    seed: int = 0,
+    shortcut: str = "projection",
+    width: float = 1.0,
+    topology: str = "dense",
+    **mixture: Any,
+) -> nn.Module:
     """ResNet-20 for 32x32 images: 40.82 M MACs and 0.28 M parameters at 100 classes.
 
     AxMoE's dense reference has the size of the public model zoo's network, whose shortcuts are 1x1
@@ -90,10 +106,38 @@ def resnet20(*, classes: int, seed: int = 0, shortcut: str = "projection") -> Re
     >>> sum(p.numel() for p in resnet20(classes=100).parameters())
     278324
     """
-    return _resnet(blocks=3, classes=classes, seed=seed, shortcut=shortcut)
+    return _resnet(3, classes, seed, shortcut, width, topology, mixture)
 
 
-def resnet8(*, classes: int, seed: int = 0, shortcut: str = "pad") -> ResNet:
+def resnet56(
+    *,
+    classes: int,
+    seed: int = 0,
+    shortcut: str = "projection",
+    width: float = 1.0,
+    topology: str = "dense",
+    **mixture: Any,
+) -> nn.Module:
+    """ResNet-56 for 32x32 images: 125.75 M MACs and 0.86 M parameters at 100 classes.
+
+    AxMoE's gateway in front of the CNNs costs 125.8 M MACs, which is this network's size (deduced, not from
+    the paper).
+
+    >>> sum(p.numel() for p in resnet56(classes=100).parameters())
+    861620
+    """
+    return _resnet(9, classes, seed, shortcut, width, topology, mixture)
+
+
+def resnet8(
+    *,
+    classes: int,
+    seed: int = 0,
+    shortcut: str = "pad",
+    width: float = 1.0,
+    topology: str = "dense",
+    **mixture: Any,
+) -> nn.Module:
     """ResNet-8, the network of ALWANN and MAx-DNN: 7 convolutions (16-16-32-64) and a classifier.
 
     Seven convolutions leave no room for projections, hence the padded shortcuts by default.
@@ -101,18 +145,15 @@ def resnet8(*, classes: int, seed: int = 0, shortcut: str = "pad") -> ResNet:
     >>> sum(isinstance(m, nn.Conv2d) for m in resnet8(classes=10).modules())
     7
     """
-    return _resnet(blocks=1, classes=classes, seed=seed, shortcut=shortcut)
+    return _resnet(1, classes, seed, shortcut, width, topology, mixture)
 
 
-def _resnet(*, blocks: int, classes: int, seed: int, shortcut: str) -> ResNet:
+def _resnet(
+    blocks: int, classes: int, seed: int, shortcut: str, width: float, topology: str, mixture: dict
+) -> nn.Module:
     if shortcut not in ("projection", "pad"):
         raise ValueError(f"shortcut is {shortcut!r}; it can be 'projection' or 'pad'.")
     if classes < 1:
         raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ResNet(blocks, classes, shortcut)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model.to(memory_format=torch.channels_last)
+    channels = scaled((16, 32, 64), width)
+    return finish(lambda: ResNet(blocks, classes, shortcut, channels), seed=seed, topology=topology, options=mixture)

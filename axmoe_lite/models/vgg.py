@@ -6,8 +6,11 @@ image, and BatchNorm follows every convolution. Letters: N images, C channels, H
 Chapter: 05, "What happens to a network?"
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, fx, nn
+
+from axmoe_lite.models.topology import finish, scaled
 
 WIDTHS = (64, 128, 256, 512, 512)
 SMALLEST = 2 ** len(WIDTHS)
@@ -30,13 +33,16 @@ class VGG(nn.Module):
     Args:
         convolutions: how many in each of the five stages (of 64, 128, 256, 512 and 512 channels).
         classes: number of classes.
+        widths: channels of the five stages; the linear layers are as wide as the last.
     """
 
-    def __init__(self, convolutions: tuple[int, int, int, int, int], classes: int) -> None:
+    def __init__(
+        self, convolutions: tuple[int, int, int, int, int], classes: int, widths: tuple[int, ...] = WIDTHS
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         c_in = 3
-        for c, repeats in zip(WIDTHS, convolutions, strict=True):
+        for c, repeats in zip(widths, convolutions, strict=True):
             for _ in range(repeats):
                 # The bias is idle before BatchNorm; it is there because the zoo's checkpoints have it.
                 layers += [nn.Conv2d(c_in, c, 3, 1, 1), nn.BatchNorm2d(c), nn.ReLU()]
@@ -46,17 +52,21 @@ class VGG(nn.Module):
         # Not in the zoo: at 32x32 one pixel is left and this does nothing; larger images need it.
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
-            nn.Linear(512, 512), nn.ReLU(), nn.Dropout(),
-            nn.Linear(512, 512), nn.ReLU(), nn.Dropout(),
-            nn.Linear(512, classes),
+            nn.Linear(c, c), nn.ReLU(), nn.Dropout(),
+            nn.Linear(c, c), nn.ReLU(), nn.Dropout(),
+            nn.Linear(c, classes),
         )  # fmt: skip
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x)
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
-def vgg11_bn(*, classes: int, seed: int = 0) -> VGG:
+def vgg11_bn(*, classes: int, seed: int = 0, width: float = 1.0, topology: str = "dense", **mixture: Any) -> nn.Module:
     """VGG-11 with BatchNorm for 32x32 images: 8 convolutions, 153.34 M MACs, 9.80 M parameters at 100 classes.
 
     The MACs are those of the convolutions and the three linear layers (512, 512, classes); at 10 classes
@@ -68,10 +78,10 @@ def vgg11_bn(*, classes: int, seed: int = 0) -> VGG:
     >>> network.classifier[6]
     Linear(in_features=512, out_features=100, bias=True)
     """
-    return _vgg((1, 1, 2, 2, 2), classes=classes, seed=seed)
+    return _vgg((1, 1, 2, 2, 2), classes, seed, width, topology, mixture)
 
 
-def vgg19_bn(*, classes: int, seed: int = 0) -> VGG:
+def vgg19_bn(*, classes: int, seed: int = 0, width: float = 1.0, topology: str = "dense", **mixture: Any) -> nn.Module:
     """VGG-19 with BatchNorm for 32x32 images: 16 convolutions, 398.71 M MACs, 20.61 M parameters at 100 classes.
 
     The MACs are counted as for :func:`vgg11_bn`; at 10 classes they are 398.66 M.
@@ -79,17 +89,13 @@ def vgg19_bn(*, classes: int, seed: int = 0) -> VGG:
     >>> sum(p.numel() for p in vgg19_bn(classes=100).parameters())
     20612004
     """
-    return _vgg((2, 2, 4, 4, 4), classes=classes, seed=seed)
+    return _vgg((2, 2, 4, 4, 4), classes, seed, width, topology, mixture)
 
 
-def _vgg(convolutions: tuple[int, int, int, int, int], *, classes: int, seed: int) -> VGG:
+def _vgg(
+    convolutions: tuple[int, int, int, int, int], classes: int, seed: int, width: float, topology: str, mixture: dict
+) -> nn.Module:
     if classes < 1:
         raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = VGG(convolutions, classes)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-    return model.to(memory_format=torch.channels_last)
+    widths = scaled(WIDTHS, width)
+    return finish(lambda: VGG(convolutions, classes, widths), seed=seed, topology=topology, options=mixture)

@@ -9,10 +9,13 @@ Letters: N images, H x W pixels, T tokens, D features, h heads; M x K x N the pr
 Chapter: 05, "What happens to a network?"
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from axmoe_lite.layers import Matmul
+from axmoe_lite.models.topology import finish, scaled
 
 
 class PatchEmbedding(nn.Module):
@@ -132,7 +135,16 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
 
-def vit_small(*, classes: int, image_size: int = 224, patch: int = 16, seed: int = 0) -> ViT:
+def vit_small(
+    *,
+    classes: int,
+    image_size: int = 224,
+    patch: int = 16,
+    seed: int = 0,
+    width: float = 1.0,
+    topology: str = "dense",
+    **mixture: Any,
+) -> nn.Module:
     """ViT-Small/16: D = 384, 12 blocks of 6 heads, MLP ratio 4; a state dict of timm's vit_small_patch16_224 fits.
 
     How the published 4.25 G MACs at 224x224 arise: 4.241 G in the convolution and the linear layers (of it
@@ -142,9 +154,11 @@ def vit_small(*, classes: int, image_size: int = 224, patch: int = 16, seed: int
     >>> sum(p.numel() for p in vit_small(classes=1000).parameters())  # 22.05 M, as timm says
     22050664
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ViT(dim=384, depth=12, heads=6, classes=classes, image_size=image_size, patch=patch)
+    heads = 6
+    (per_head,) = scaled((64,), width)
+    options = {"dim": heads * per_head, "depth": 12, "heads": heads, "classes": classes}
+    options |= {"image_size": image_size, "patch": patch}
+    return finish(lambda: ViT(**options), seed=seed, topology=topology, options=mixture)
 
 
 def _norm(dim: int) -> nn.LayerNorm:
