@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from axmoe_lite import EVOAPPROX, assignment_of, models, train
+from axmoe_lite import EVOAPPROX, assignment_of, models, moe, train
 from axmoe_lite.layers import approximate
+from axmoe_lite.train import loop
 
 
 @pytest.fixture
@@ -42,9 +43,7 @@ def test_the_same_call_gives_the_same_numbers(textures):
 
 def test_every_epoch_of_every_seed_draws_afresh(network, textures, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        train, "_one_epoch", lambda *_, generator, **__: seen.append(generator.initial_seed()) or (1, 0)
-    )
+    monkeypatch.setattr(loop, "_one_epoch", lambda *_, generator, **__: seen.append(generator.initial_seed()) or (1, 0))
     for seed in (0, 1, 2):
         train.fit(network, textures, epochs=4, seed=seed, progress=False)
     assert len(seen) == len(set(seen)) == 12
@@ -56,7 +55,7 @@ def test_a_killed_run_resumes_bit_for_bit(textures, tmp_path, monkeypatch, preci
     whole = models.resnet8(classes=4)
     expected = train.fit(whole, textures, **call)
 
-    real, epochs = train._one_epoch, []
+    real, epochs = loop._one_epoch, []
 
     def killed_in_the_third(*args, **kwargs):
         epochs.append(1)
@@ -65,17 +64,17 @@ def test_a_killed_run_resumes_bit_for_bit(textures, tmp_path, monkeypatch, preci
         return real(*args, **kwargs)
 
     path = tmp_path / "run.safetensors"
-    monkeypatch.setattr(train, "_one_epoch", killed_in_the_third)
+    monkeypatch.setattr(loop, "_one_epoch", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         train.fit(models.resnet8(classes=4), textures, checkpoint=path, **call)
-    monkeypatch.setattr(train, "_one_epoch", real)
+    monkeypatch.setattr(loop, "_one_epoch", real)
     resumed = models.resnet8(classes=4, seed=99)  # whatever it starts from, the checkpoint wins
     history = train.fit(resumed, textures, checkpoint=path, **call)
     assert same(weights(whole), weights(resumed))
     assert [row["loss"] for row in history] == [row["loss"] for row in expected]
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"], "no partial file is left"
     # Finished: a further call only loads.
-    monkeypatch.setattr(train, "_one_epoch", None)
+    monkeypatch.setattr(loop, "_one_epoch", None)
     assert len(train.fit(models.resnet8(classes=4), textures, checkpoint=path, **call)) == 3
 
 
@@ -116,6 +115,192 @@ def test_divergence_is_said_and_the_checkpoint_survives(network, textures, tmp_p
     with pytest.raises(FloatingPointError, match="lower lr"):
         train.fit(network, textures, epochs=3, lr=1e30, batch_size=32, checkpoint=path, progress=False)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_divergence_leaves_the_network_as_before_the_epoch(network, textures, monkeypatch):
+    whole = models.resnet8(classes=4, seed=2)
+    train.fit(whole, textures, epochs=2, batch_size=64, progress=False)
+    real, epochs = loop._one_epoch, []
+
+    def third_fails(*args, **kwargs):
+        epochs.append(real(*args, **kwargs))
+        if len(epochs) == 3:
+            raise FloatingPointError("planted")
+        return epochs[-1]
+
+    monkeypatch.setattr(loop, "_one_epoch", third_fails)
+    # The schedule of 3 epochs is not that of 2, so the reference is a run that is stopped, not a shorter one.
+    with pytest.raises(train.Diverged, match=r"planted \(epoch 3 of 3\)") as stop:
+        train.fit(network, textures, epochs=3, batch_size=64, progress=False)
+    kept = weights(network)
+    assert stop.value.epoch == 3 and [row["epoch"] for row in stop.value.history] == [1, 2]
+    stopped, epochs[:] = models.resnet8(classes=4, seed=2), []
+
+    def third_is_cut(*args, **kwargs):
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        epochs.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "_one_epoch", third_is_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(stopped, textures, epochs=3, batch_size=64, progress=False)
+    assert same(kept, weights(stopped)) and not same(kept, weights(whole))
+
+
+@pytest.mark.parametrize("options", [{}, {"optimiser": "adamw", "lr": 1e-3, "clip_norm": 0.5}], ids=["sgd", "adamw"])
+def test_every_epoch_can_be_gone_on_from(textures, tmp_path, options):
+    call = {
+        "epochs": 3,
+        "batch_size": 64,
+        "progress": False,
+        "checkpoint": tmp_path / "run{epoch}.safetensors",
+    } | options
+    whole = models.resnet8(classes=4)
+    expected = train.fit(whole, textures, **call)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"run{e}.safetensors" for e in (1, 2, 3)]
+    for later in (3, 2):  # go on from epoch 2, then from epoch 1
+        for epoch in range(later, 4):
+            (tmp_path / f"run{epoch}.safetensors").unlink()
+        again = models.resnet8(classes=4, seed=99)
+        assert [row["loss"] for row in train.fit(again, textures, **call)] == [row["loss"] for row in expected]
+        assert same(weights(whole), weights(again))
+
+
+def test_adamw_spares_biases_and_norms_the_decay(network, textures):
+    before = network.state_dict()["bn1.weight"].clone(), network.conv1.weight.detach().norm()
+    train.fit(
+        network, textures, epochs=1, optimiser="adamw", lr=1e-12, weight_decay=1e11, batch_size=256, progress=False
+    )
+    # One step: decay multiplies by 1 - lr * weight_decay = 0.9, times the schedule's share of the peak, 1.
+    assert torch.equal(before[0], network.bn1.weight)
+    assert network.conv1.weight.detach().norm() / before[1] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_clipping_shortens_the_step(textures):
+    moved = []
+    for clip in (0.0, 1e-3):
+        network = models.resnet8(classes=4)
+        start = network.conv1.weight.detach().clone()
+        options = {"momentum": 0.0, "weight_decay": 0.0, "batch_size": 256, "warmup_epochs": 0}
+        train.fit(network, textures, epochs=1, lr=1.0, clip_norm=clip, progress=False, **options)
+        moved.append((network.conv1.weight.detach() - start).norm().item())
+    assert moved[1] <= 1e-3 < moved[0]
+
+
+# ------------------------------------------------------------------------- mixtures and retraining
+
+
+@pytest.fixture
+def hard(network):
+    return models.upcycle(network, topology="hard", experts=3, r=1.0)
+
+
+def test_the_load_is_balanced_only_where_asked(textures, hard):
+    # With a huge weight the balancing loss decides; with none the gates only hear of the classes.
+    start = {n: p.detach().clone() for n, p in hard.named_parameters() if ".gate." in n}
+    options = {"epochs": 1, "lr": 0.05, "batch_size": 64, "weight_decay": 0.0, "progress": False}
+    found = {}
+    for balance in (0.0, 100.0):
+        network = models.upcycle(models.resnet8(classes=4, seed=2), topology="hard", experts=3, r=1.0)
+        train.fit(network, textures, balance=balance, clip_norm=1.0, **options)
+        with moe.watching(network) as seen:
+            train.evaluate(network, textures, progress=False)
+        found[balance] = [moe.statistics(routings) for routings in seen.values()]
+        assert any(not torch.equal(start[n], p) for n, p in network.named_parameters() if n in start)
+    importance = {b: max(max(s.importance) - min(s.importance) for s in all_) for b, all_ in found.items()}
+    assert importance[100.0] < importance[0.0]
+
+
+def test_a_mixture_resumes_bit_for_bit(textures, tmp_path, hard):
+    call = {"epochs": 2, "batch_size": 64, "progress": False, "checkpoint": tmp_path / "run{epoch}.safetensors"}
+    hard.get_submodule("conv1").gate.jitter = 0.1  # random numbers of the layers themselves repeat too
+    train.fit(hard, textures, **call)
+    (tmp_path / "run2.safetensors").unlink()
+    again = models.upcycle(models.resnet8(classes=4, seed=5), topology="hard", experts=3, r=1.0)
+    again.get_submodule("conv1").gate.jitter = 0.1
+    train.fit(again, textures, **call)
+    assert same(weights(hard), weights(again))
+    with pytest.raises(ValueError, match="mixtures was"):
+        train.fit(models.resnet8(classes=4), textures, **call)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_retraining_heals_and_leaves_frozen_gates_alone(textures, hard, frozen):
+    options = {"batch_size": 32, "lr": 0.05, "augment": "none", "progress": False}
+    train.fit(hard, textures, epochs=5, **options)
+    exact = train.evaluate(hard, textures, progress=False)
+    train.calibrate(hard, "mul8s_1L2N", textures, n=64)
+    gates = {n: p.detach().clone() for n, p in hard.named_parameters() if ".gate." in n}
+    done = train.retrain(hard, textures, epochs=4, freeze_gates=frozen, **options)
+    assert [row["epoch"] for row in done.history] == [0, 1, 2, 3, 4] and done.diverged == ""
+    assert done.before < exact - 0.1 and done.after > done.before + 0.1
+    assert set(assignment_of(hard).values()) == {"mul8s_1L2N"}
+    unchanged = [torch.equal(gates[n], p) for n, p in hard.named_parameters() if n in gates]
+    assert all(unchanged) if frozen else not any(unchanged)
+    assert all(p.requires_grad for p in hard.parameters()), "after the call they can learn again"
+
+
+def test_retraining_reports_divergence_and_keeps_the_last_good_network(textures, network):
+    train.calibrate(network, "mul8s_1KVA", textures, n=64)
+    before = weights(network)
+    done = train.retrain(network, textures, epochs=2, lr=1e30, progress=False)
+    assert "lower lr" in done.diverged and "epoch 1 of 2" in done.diverged
+    assert len(done.history) == 1 and done.after == done.before
+    assert same(before, weights(network))
+
+
+def test_retraining_needs_an_approximate_network(network, textures):
+    with pytest.raises(ValueError, match=r"no approximate layer.*calibrate"):
+        train.retrain(network, textures)
+
+
+def test_calibration_reaches_experts_that_no_image_reaches(textures, hard):
+    for name in moe.mixtures(hard):  # all images to expert 0
+        gate = hard.get_submodule(name).gate.score
+        torch.nn.init.zeros_(gate.weight)
+        gate.bias.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match=r"conv1.experts.1.*no_idle_experts"):
+        approximate(hard, "mul8s_1KV6", calibration=textures.normalised(textures.x_train[:8]))
+    train.calibrate(hard, "mul8s_1KV6", textures, n=8)
+    assert all(layer.calibrated for layer in hard.modules() if hasattr(layer, "calibrated"))
+
+
+@pytest.mark.parametrize("by", ["features", "classes"])
+def test_a_gateway_groups_what_belongs_together(textures, network, by):
+    train.fit(network, textures, epochs=5, batch_size=32, lr=0.05, progress=False)
+    gateway = train.gateway_of(network, textures, experts=2, by=by)
+    x = textures.normalised(textures.x_test)
+    choice = gateway(x).argmax(1)
+    # Images of one class mostly go the same way, and each expert gets some class.
+    share = torch.stack([(choice[textures.y_test == c] == 0).float().mean() for c in range(4)])
+    assert ((share < 0.25) | (share > 0.75)).sum() >= 3 and 0 < choice.float().mean() < 1
+    assert torch.equal(gateway(x), train.gateway_of(network, textures, experts=2, by=by)(x)), "seeded"
+    assert network.fc.out_features == 4, "the classifier stays as it is"
+    if by == "features":  # the head is the nearest centre: |f - c|^2 = |f|^2 - (2 c.f - |c|^2)
+        features = torch.nn.Sequential(*list(network.eval().children())[:-1], torch.nn.Flatten())(x)
+        distance = torch.cdist(features, gateway.fc.weight / 2)
+        assert torch.equal(distance.argmin(1), choice)
+
+
+def test_a_gateway_needs_enough_to_group(textures, network):
+    with pytest.raises(ValueError, match="5 clusters were asked for; there are 4 classes"):
+        train.gateway_of(network, textures, experts=5, by="classes")
+    with pytest.raises(ValueError, match=r"by is 'colour'.*'features', 'classes'"):
+        train.gateway_of(network, textures, experts=2, by="colour")
+    with pytest.raises(ValueError, match="no linear layer"):
+        train.gateway_of(torch.nn.Conv2d(3, 4, 3), textures, experts=2)
+
+
+def test_recipes_follow_the_architecture():
+    vit = models.ViT(dim=12, depth=1, heads=3, classes=4, image_size=8, patch=4)
+    assert train.recipe(vit, stage="retrain")["optimiser"] == "adamw"
+    assert (
+        train.recipe(models.upcycle(vit, topology="cluster", gateway=torch.nn.Flatten()), stage="retrain")["lr"] == 1e-4
+    )
+    assert train.recipe(models.resnet8(classes=4), stage="retrain")["lr"] == 0.1
+    with pytest.raises(ValueError, match="stage is 'heal'"):
+        train.recipe(vit, stage="heal")
 
 
 def test_schedule_by_hand():

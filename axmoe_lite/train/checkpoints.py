@@ -1,0 +1,107 @@
+"""Networks on disk: weights with their recipe, and half-finished training; safetensors, written atomically.
+
+Chapter: 08, "Can a network learn its new arithmetic?"
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SHORT = {"momentum_buffer": "momentum"}  # what an optimiser's state is called in a file
+
+
+def save(model: nn.Module, path: Path | str, *, recipe: dict) -> None:
+    """Write weights and buffers as safetensors, with ``recipe`` (how they were made) in the file's header."""
+    _write(Path(path), dict(model.state_dict()), {"recipe": json.dumps(recipe)})
+
+
+def load(model: nn.Module, path: Path | str) -> dict:
+    """Load weights written by :func:`save` into ``model`` and return their recipe.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or its tensors do not fit the model (both lists are named).
+    """
+    tensors, metadata = _read(Path(path))
+    _load_exactly(model, tensors, Path(path))
+    return json.loads(metadata.get("recipe", "{}"))
+
+
+def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
+    if own != theirs:
+        wrong = [name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)]
+        name = sorted(wrong)[0]
+        raise ValueError(
+            f"{path} does not fit this {type(model).__name__}: {len(wrong)} tensors differ, such as {name!r}, which is"
+            f" {theirs.get(name, 'absent')} in the file and {own.get(name, 'absent')} in the model. Build the model"
+            " with the number of classes and the shortcut of the recipe."
+        )
+    model.load_state_dict(tensors)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise FileNotFoundError(f"No checkpoint at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as reason:
+        raise ValueError(f"{path} is not a readable safetensors file ({reason}); delete it, train again.") from reason
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Atomically: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Convolution weights may be channels_last in memory; the file holds them in their logical order.
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def suspend(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict, history: list[dict]
+) -> None:
+    """Write all that :func:`resume` needs to go on after the last epoch of ``history``."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, parameter in enumerate(_parameters(optimiser)):
+        for key, value in optimiser.state[parameter].items():
+            if value is not None:
+                tensors[f"{SHORT.get(key, key)}.{index}"] = torch.as_tensor(value)
+    _write(path, tensors, {"settings": json.dumps(settings), "history": json.dumps(history)})
+
+
+def resume(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict) -> list[dict]:
+    """Put model and optimiser where :func:`suspend` left them; returns the history until then.
+
+    Raises:
+        ValueError: if a call with other settings made the file.
+    """
+    tensors, metadata = _read(path)
+    made_by = json.loads(metadata.get("settings", "{}"))
+    if made_by != settings:
+        differ = sorted(key for key in settings.keys() | made_by if made_by.get(key) != settings.get(key))
+        raise ValueError(
+            f"The checkpoint {path} was made by another call: "
+            + ", ".join(f"{key} was {made_by.get(key)!r}, now {settings.get(key)!r}" for key in differ)
+            + ". Name another file, or delete this one to start afresh."
+        )
+    _load_exactly(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
+    long, parameters = {short: key for key, short in SHORT.items()}, _parameters(optimiser)
+    for name, value in tensors.items():
+        if not name.startswith("model."):
+            short, index = name.rsplit(".", 1)
+            parameter = parameters[int(index)]
+            on = parameter.device if value.ndim else value.device  # AdamW counts its steps on the CPU
+            optimiser.state[parameter][long.get(short, short)] = value.to(on, copy=True)
+    return json.loads(metadata["history"])
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]

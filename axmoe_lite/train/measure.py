@@ -1,0 +1,94 @@
+"""How good a network is: predict, evaluate, and its resilience under many multipliers.
+
+Chapter: 05, "What happens to a network?"
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from axmoe_lite import moe
+from axmoe_lite.datasets import Images
+from axmoe_lite.layers import approximate, evaluating, restore
+from axmoe_lite.multipliers import EXACT, errors, multiplier
+
+
+@torch.inference_mode()
+def check_fits(model: nn.Module, images: Images) -> None:
+    """One image through the model, so that a mismatch is a clear error before any work."""
+    device = next(model.parameters()).device
+    shape, classes = list(images.x_test.shape[1:]), len(images.classes)
+    try:
+        with evaluating(model):
+            scores = model(images.normalised(images.x_test[:1].to(device)))
+    except RuntimeError as reason:
+        raise ValueError(
+            f"This {type(model).__name__} cannot take images of {shape} ({images.name}): {reason}"
+        ) from reason
+    if list(scores.shape) != [1, classes]:
+        raise ValueError(
+            f"This {type(model).__name__} answers with {list(scores.shape)} for one image; {images.name} has"
+            f" {classes} classes, so [1, {classes}] is needed. Build the model with classes={classes}."
+        )
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Images, *, batch_size: int = 250, progress: bool = True) -> Tensor:
+    """The class of the highest score for each test image: int64 [N], on the CPU.
+
+    The model is in evaluation mode during the call, and each of its modules in its own mode after it.
+    """
+    check_fits(model, images)
+    device, guesses = next(model.parameters()).device, []
+    with evaluating(model):
+        for x in tqdm(images.x_test.split(batch_size), desc="predict", leave=False, disable=not progress):
+            x = images.normalised(x.to(device)).contiguous(memory_format=torch.channels_last)
+            guesses.append(model(x).argmax(1).cpu())
+    return torch.cat(guesses)
+
+
+def evaluate(model: nn.Module, images: Images, *, batch_size: int = 250, progress: bool = True) -> float:
+    """Top-1 accuracy on the test images, in [0, 1]."""
+    guesses = predict(model, images, batch_size=batch_size, progress=progress)
+    return (guesses == images.y_test.cpu()).double().mean().item()
+
+
+def resilience(
+    network: nn.Module, images: Images, names: Sequence[str], *, calibration: Tensor, progress: bool = True
+) -> list[dict]:
+    """Top-1 without retraining: the network in float32, then under each multiplier in turn.
+
+    This is AxMoE's first question (intrinsic resilience). The network is left exact, as it was.
+
+    Args:
+        names: multipliers, each given to all of :func:`axmoe_lite.layers.default_layers`.
+        calibration: normalised training images [N, C, H, W] that set the activation ranges, once for all.
+
+    Returns:
+        One dict a multiplier, ``"float32"`` first: ``multiplier``, ``digest`` of its table, ``power_mw``,
+        ``mean_error``, ``top1`` in [0, 1], ``correct`` (of the test images), ``seconds``.
+    """
+    rows = []
+    for name in tqdm(["float32", *names], desc="resilience", disable=not progress):
+        found = None if name == "float32" else multiplier(name)
+        if found is not None:
+            with moe.no_idle_experts(network):
+                approximate(network, found, calibration=calibration if len(rows) == 1 else None)
+        start = time.perf_counter()
+        correct = int((predict(network, images, progress=False) == images.y_test.cpu()).sum())
+        rows.append(
+            {
+                "multiplier": name,
+                "digest": found.digest if found else "float32",
+                "power_mw": found.power_mw if found else multiplier(EXACT).power_mw,
+                "mean_error": errors(found).mean_error if found else 0.0,
+                "top1": correct / len(images.x_test),
+                "correct": correct,
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+        )
+    restore(network)
+    return rows

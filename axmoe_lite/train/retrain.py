@@ -1,0 +1,95 @@
+"""Calibrate a network, then heal it: approximate products forward, straight through them backward.
+
+    calibrate(network, "mul8s_1L2L", images)     approximate() on training images, no expert left out
+    retrain(network, images)                     five epochs; gates frozen, as AxMoE has it
+
+Chapter: 08, "Can a network learn its new arithmetic?"
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from axmoe_lite import moe
+from axmoe_lite.datasets import Images
+from axmoe_lite.layers import Assignment, approximate, assignment_of
+from axmoe_lite.train.loop import Diverged, fit
+from axmoe_lite.train.measure import evaluate
+from axmoe_lite.train.recipes import recipe
+
+
+def calibrate(
+    network: nn.Module, assignment: Assignment, images: Images, *, n: int = 1000, **options: Any
+) -> nn.Module:
+    """:func:`~axmoe_lite.approximate` on ``n`` training images; experts that none of them reaches see all.
+
+    Args:
+        assignment, options: see :func:`~axmoe_lite.approximate`.
+        n: images, at even steps through the training set, not augmented. Not from the paper: 1000.
+
+    Returns:
+        The same network.
+    """
+    seen = images.normalised(images.subset(n_train=n).x_train)
+    with moe.no_idle_experts(network):
+        return approximate(network, assignment, calibration=seen, **options)
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """What :func:`retrain` did.
+
+    Attributes:
+        history: as of :func:`fit`, with a first row of epoch 0: the accuracy before, if it is measured at all.
+        diverged: what was wrong, in words, if the loss became no number; else empty. The network is then as after
+            the last epoch of ``history``.
+    """
+
+    history: list[dict]
+    diverged: str
+
+    @property
+    def before(self) -> float | None:
+        """Top-1 on the test images before retraining; None with ``evaluate_every=0``."""
+        return self.history[0]["test_accuracy"]
+
+    @property
+    def after(self) -> float | None:
+        """Top-1 on the test images after the last finished epoch, whether it is good or not."""
+        return self.history[-1]["test_accuracy"]
+
+
+def retrain(
+    network: nn.Module, images: Images, *, epochs: int = 5, freeze_gates: bool = True, **options: Any
+) -> Retraining:
+    """Train a network under its approximate products, in place.
+
+    The forward pass is the circuit's, bit for bit; the backward pass takes the products for exact (straight-through).
+    Ranges of activations stay as calibrated; those of weights follow the weights.
+
+    Args:
+        network: one in which :func:`calibrate` or :func:`~axmoe_lite.approximate` has placed multipliers.
+        freeze_gates: AxMoE's choice; otherwise gates learn too, with their load-balancing loss.
+        options: of :func:`fit`, instead of those of :func:`~axmoe_lite.train.recipe`.
+
+    Raises:
+        ValueError: if no layer is approximate, or for an option that :func:`fit` refuses. Divergence raises nothing: it
+            is a result, and is in the record.
+    """
+    if not assignment_of(network):
+        raise ValueError(
+            f"This {type(network).__name__} has no approximate layer, so there is nothing to get used to; call"
+            " calibrate(network, multiplier, images) first, or fit() to train it exactly."
+        )
+    chosen = {"evaluate_every": 1, **recipe(network, stage="retrain"), **options}
+    start = {"epoch": 0, "lr": 0.0, "loss": None, "train_accuracy": None, "seconds": 0.0}
+    start["test_accuracy"] = evaluate(network, images, progress=False) if chosen["evaluate_every"] else None
+    diverged = ""
+    with moe.gates_frozen(network) if freeze_gates else contextlib.nullcontext():
+        try:
+            history = fit(network, images, epochs=epochs, **chosen)
+        except Diverged as reason:
+            history, diverged = reason.history, str(reason)
+    return Retraining([start, *history], diverged)
