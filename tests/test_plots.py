@@ -8,7 +8,9 @@ import torch
 import vl_convert
 
 from axmoe_lite import EVOAPPROX, errors, multiplier, pipeline, plots, runs
+from axmoe_lite.layers.correction import LayerError
 from axmoe_lite.plots.theme import _html
+from axmoe_lite.quant import Histogram, quantise
 
 
 def compiled(chart):
@@ -106,3 +108,76 @@ def test_error_maps_average_the_table():
     assert f"up to {means.abs().max():.0f}" in text
     top = means.abs().max()
     assert f"-128,-128,{means[0, 0] / top:.3g}" in text and f"120,-128,{means[-1, 0] / top:.3g}" in text
+
+
+# ------------------------------------------------------------------------ bytes and layers
+
+
+@pytest.fixture
+def seen():
+    histogram = Histogram("conv")
+    histogram.update(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).relu())
+    return histogram
+
+
+def measured(name="conv", *, channels=3):
+    ones = torch.ones(channels)
+    return {name: LayerError(shift=-0.25 * ones, scatter=0.5 * ones, signal=2 * ones, gain=ones)}
+
+
+def test_the_charts_of_layers_compile_and_stay_small(seen, textures, monkeypatch):
+    monkeypatch.setenv("AXMOE_BOOK", "1")
+    origin = {"seconds": 1.0, **runs.evidence(textures, scale="quick", seed=0, epochs=1)}
+    rows = [
+        {"multiplier": name, "regime": regime, "top1": top1, **origin}
+        for name, regime, top1 in (
+            ("float32", "not retrained", 0.9),
+            ("mul8s_1KVA", "not retrained", 0.5),
+            ("mul8s_1KVA", "bias corrected", 0.8),
+        )
+    ]
+    charts = [
+        plots.clip_explorer(seen, name="conv"),
+        plots.code_counts({"conv": torch.tensor([0, 0, 5, 127], dtype=torch.int8)}),
+        plots.channel_ranges(torch.randn(4, 3, 3, 3), name="conv"),
+        plots.straight_through(0.1),
+        plots.sum_errors(["mul8s_1KVA"], {"all bytes alike": (None, None)}, [9, 36]),
+        plots.channel_shifts({"mul8s_1KVA": measured()}),
+        plots.corrected(rows),
+    ]
+    for chart in charts:
+        compiled(chart)
+        assert len(_html(chart.to_dict())["text/html"]) < 60_000
+    with pytest.raises(ValueError, match="lacks commit"):
+        plots.corrected([{**rows[0], "commit": ""}])
+
+
+def test_clip_errors_are_those_of_the_real_quantiser(seen):
+    """Counted from bins against computed from values, wide and narrow; their least is what "mse" finds."""
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).relu().double()
+    for clip in (0.5, 2.0, 4.5):
+        rounding, clipping = plots.clip_errors(seen, torch.tensor([clip]))
+        step = clip / 127
+        wrong = (quantise(x, step).double() * step - x) ** 2
+        assert (rounding + clipping).item() == pytest.approx(wrong.mean().item(), rel=0.05)
+        # Up to half a step beyond the clip point a value still rounds.
+        assert clipping.item() == pytest.approx((wrong * (x > clip + step / 2)).mean().item(), rel=0.05, abs=1e-9)
+    clips = torch.linspace(0.1, 1, 91) * seen.largest
+    best = clips[sum(plots.clip_errors(seen, clips)).argmin()]
+    assert best == pytest.approx(float(seen.scale("mse")) * 127, rel=0.011)
+
+
+def test_the_layers_charts_say_what_they_were_given(seen):
+    codes = torch.tensor([-127, 0, 0, 5], dtype=torch.int8)
+    assert "3 of 255 codes occur" in figures_of(plots.code_counts({"conv": codes}).to_dict())
+    rows = json.dumps(plots.channel_shifts({"mul8s_1KVA": measured()}).to_dict())
+    assert '"shift": -0.125' in rows and '"high": 0.25' in rows, "in parts of the channel's signal"
+    lean = next(
+        row
+        for data in plots.sum_errors(["mul8s_1KVA"], {"all": (None, None)}, [9, 36]).to_dict()["datasets"].values()
+        for row in data
+        if row["K"] == 36 and row["part"].startswith("lean")
+    )
+    # 36 products lean by 36 * 12.25 = 441; the exact sum varies by 6 * 73.9 * 73.9 = 32,768 (2^30 / 2^15).
+    assert lean["predicted"] == pytest.approx(441 / 32_768, rel=0.01)
+    assert lean["measured"] == pytest.approx(lean["predicted"], rel=0.05)
