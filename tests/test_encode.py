@@ -12,7 +12,15 @@ from torch import nn
 
 from axmoe_lite import EXACT, Factors, Multiplier, factorise, multiplier
 from axmoe_lite.kernels import encode as module
-from axmoe_lite.kernels.encode import clear_outside, codes_of, encode, encode_unsigned, round_trip
+from axmoe_lite.kernels.encode import (
+    PIECE,
+    clear_outside,
+    codes_in_bfloat16,
+    codes_of,
+    encode,
+    encode_unsigned,
+    round_trip,
+)
 from axmoe_lite.layers import ApproxConv2d, ApproxLinear
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="without numba there is one path")
@@ -236,6 +244,62 @@ def test_clearing(scale, both):
         assert same(clear_outside(grad.clone(), x, scale), fast[0]), "without notes"
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_in_bfloat16(scale, dtype, both):
+    # Whole pieces, a few values more and a few less, and tensors that are no memory in one row.
+    shapes = [(1,), (115,), (2, 23), (3, 4, 5, 6), (PIECE,), (PIECE + 1,), (2 * PIECE - 1,)]
+    views = [(awkward(*shape) * scale).to(dtype) for shape in shapes]
+    views += [views[3].contiguous(memory_format=torch.channels_last), views[1][::2], views[2].T, views[4][3:70_000]]
+    inverse = float(1.0 / torch.tensor(scale))
+    for x in (view.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) for view in views):
+        fast, slow = both(lambda x=x: codes_in_bfloat16(x, scale)[0])
+        assert fast[0].dtype == slow[0].dtype == torch.bfloat16
+        assert torch.equal(fast[0], slow[0]) and torch.equal(fast[0].to(torch.int8), codes_of(x, inverse))
+        if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            assert codes_in_bfloat16(x, scale)[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30])
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_grad", [torch.float32, torch.bfloat16], ids=str)
+def test_clearing_short_floats(scale, of_x, of_grad, both):
+    for shape in ((1,), (115,), (2, 23), (256,), (257,), (511,), (3, 4, 5, 6), (PIECE + 300,), (0, 6)):
+        x = (awkward(*shape) * scale).to(of_x)
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(of_grad)
+        if x.ndim == 4:
+            x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+
+        def clear(x=x, grad=grad):
+            return clear_outside(grad.clone(), x, scale, codes_in_bfloat16(x, scale)[1])
+
+        fast, slow = both(clear)
+        expected = torch.where(x.float().abs() <= torch.tensor(scale) * 127.5, grad, torch.zeros((), dtype=of_grad))
+        for found in (fast[0], slow[0], clear_outside(grad.clone(), x, scale)):
+            assert found.dtype == of_grad and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
+def test_one_short_float_is_cleared_wherever_it_stands(of_x):
+    # Each note speaks for 256 values, each piece has notes of its own, and the last ones speak for fewer.
+    size = 2 * PIECE + 300
+    for place in (0, 255, 256, PIECE - 1, PIECE, PIECE + 256, 2 * PIECE - 1, 2 * PIECE, 2 * PIECE + 256, size - 1):
+        x = torch.zeros(size, dtype=of_x)
+        x[place] = -200
+        grad = clear_outside(torch.ones(size, dtype=torch.bfloat16), x, 1.0, codes_in_bfloat16(x, 1.0)[1])
+        assert grad[place] == 0 and int(grad.float().sum()) == size - 1
+
+
+def test_the_edge_of_clipping_is_not_rounded_to_the_type_of_the_values(both):
+    # 127.5 * 1.0039 = 127.997...: bfloat16 steps by 0.5 up to 128, and rounds this limit to 128, which lies outside.
+    x, scale = torch.tensor([127.5, 128.0, -128.0, 129.0, 0.0]).bfloat16(), 1.0039
+    assert torch.tensor(127.5 * scale).bfloat16() == 128
+    for notes in (lambda: None, lambda: codes_in_bfloat16(x, scale)[1]):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = both(lambda notes=notes, dtype=dtype: clear_outside(torch.ones(5, dtype=dtype), x, scale, notes()))
+            assert all(kept[0].tolist() == [1, 0, 0, 0, 1] for kept in found)
+
+
 def test_clearing_works_in_place_and_in_every_layout():
     x = awkward(2, 6, 5, 4)
     expected = torch.where(x.abs() <= 127.5, 1.0, 0.0)
@@ -294,6 +358,7 @@ def test_empty_inputs(shape, both):
         lambda: codes_of(x, 1.0),
         lambda: round_trip(x, 1.0)[0],
         lambda: clear_outside(x.clone(), x, 1.0, round_trip(x, 1.0)[1]),
+        lambda: codes_in_bfloat16(x, 1.0)[0],
     ):
         fast, slow = both(call)
         assert same(fast[0], slow[0]) and fast[0].numel() == 0

@@ -24,6 +24,7 @@ from torch import Tensor
 from axmoe_lite.factors import Factors, masked
 
 LIMIT = 127  # -128 is left out, so that codes are symmetric
+PIECE = 1 << 17  # values of a tensor that take a detour through float32 together: it stays in the cache
 
 
 def encode(
@@ -138,8 +139,9 @@ def codes_of(values: Tensor, inverse_scale: float, least: int = -LIMIT) -> Tenso
 
     NaN has no code; it becomes 0 on every path.
     """
-    if _compiled() is None or values.dtype != torch.float32 or values.device.type != "cpu":
-        scaled = (values.float() * inverse_scale).round_().clamp_(least, LIMIT)
+    values = values.float()
+    if _compiled() is None or values.device.type != "cpu":
+        scaled = (values * inverse_scale).round_().clamp_(least, LIMIT)
         return scaled.nan_to_num_(nan=0.0).to(torch.int8)
     values = values if _compiled_takes(values) else values.contiguous()
     codes, size = torch.empty_like(values, dtype=torch.int8), values.numel()
@@ -156,7 +158,7 @@ def round_trip(values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         next call overwrites (:func:`scratch`).
     """
     inverse = np.float32(1) / np.float32(scale)
-    if not _compiled_takes(values):
+    if values.dtype != torch.float32 or not _compiled_takes(values):
         return (values.float() * float(inverse)).round_().clamp_(-LIMIT, LIMIT).mul_(scale), None
     size, few = values.numel(), _compiled().FEW
     result, outside = scratch((size,), torch.float32), scratch((-(-size // few),), torch.bool)
@@ -164,16 +166,58 @@ def round_trip(values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     return result.as_strided(values.shape, values.stride()), outside
 
 
-def clear_outside(grad: Tensor, values: Tensor, scale: float, outside: Tensor | None = None) -> Tensor:
-    """``grad``, in place, with 0 where a value was cut or is NaN; float32, same shape as the values.
+def codes_in_bfloat16(values: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """The codes of the values, round(value / scale), cut to -127..127, as bfloat16, which holds them; same shape.
 
-    ``outside`` are the notes that :func:`round_trip` made of the same values: with them most need not be read.
+    Returns:
+        The codes, and notes for :func:`clear_outside`, in memory that the next such call overwrites.
+    """
+    inverse = np.float32(1) / np.float32(scale)
+    if not _compiled_takes(values):
+        return (values.float() * float(inverse)).round_().clamp_(-LIMIT, LIMIT).to(torch.bfloat16), None
+    size, few = values.numel(), _compiled().FEW
+    codes, outside = scratch((size,), torch.bfloat16), scratch((-(-size // few),), torch.bool)
+    before, after = scratch((2, PIECE), torch.float32)
+    flat, numbers = _as_in_memory(values), (inverse, np.float32(1), limit(scale))
+    for start in range(0, size, PIECE):
+        part = flat[start : start + PIECE]
+        count = len(part)
+        part = part if part.dtype == torch.float32 else before[:count].copy_(part)
+        _run("round_trip", count, few, *numbers, part, outside[start // few :], after[:count])
+        codes[start : start + count].copy_(after[:count])
+    return codes.as_strided(values.shape, values.stride()), outside
+
+
+def clear_outside(grad: Tensor, values: Tensor, scale: float, outside: Tensor | None = None) -> Tensor:
+    """``grad``, in place, with 0 where a value was cut or is NaN; same shape as the values.
+
+    ``outside`` are the notes that :func:`round_trip` or :func:`codes_in_bfloat16` made of the same values: with
+    them most need not be read.
     """
     alike = grad.shape == values.shape and grad.stride() == values.stride()
     if outside is None or not (alike and _compiled_takes(grad)):
-        return grad.masked_fill_(~(values.abs() <= float(limit(scale))), 0.0)
-    _run("clear_outside", values.numel(), _compiled().FEW, limit(scale), grad, values, outside)
+        return _clear(grad, values, scale)
+    few = _compiled().FEW
+    if grad.dtype == values.dtype == torch.float32:
+        _run("clear_outside", values.numel(), few, limit(scale), grad, values, outside)
+        return grad
+    flat, seen = _as_in_memory(grad), _as_in_memory(values)
+    whole = len(flat) // few  # the last note may speak for fewer
+    _clear(flat[whole * few :], seen[whole * few :], scale)
+    rows, seen, noted = flat[: whole * few].view(-1, few), seen[: whole * few].view(-1, few), outside[:whole]
+    where = noted.nonzero()[:, 0]
+    rows[where] = _clear(rows[where], seen[where], scale)
     return grad
+
+
+def _clear(grad: Tensor, values: Tensor, scale: float) -> Tensor:
+    # As float32: comparing shorter floats with a number, torch would round the number to their few bits first.
+    return grad.masked_fill_(~(values.float().abs() <= float(limit(scale))), 0.0)
+
+
+def _as_in_memory(values: Tensor) -> Tensor:
+    """A dense tensor as one row, in the order of memory."""
+    return values.as_strided((values.numel(),), (1,))
 
 
 def limit(scale: float) -> np.float32:
@@ -182,9 +226,13 @@ def limit(scale: float) -> np.float32:
 
 
 def _compiled_takes(values: Tensor) -> bool:
-    """Whether the compiled passes can run over a tensor's memory: dense float32 on the CPU, with numba at hand."""
+    """Whether the compiled passes can run over a tensor's memory: dense on the CPU, with numba at hand.
+
+    They read float32; bfloat16 goes there piece by piece.
+    """
     dense = values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)
-    return dense and values.dtype == torch.float32 and values.device.type == "cpu" and _compiled() is not None
+    known = values.dtype in (torch.float32, torch.bfloat16)
+    return dense and known and values.device.type == "cpu" and _compiled() is not None
 
 
 def _by_torch(

@@ -14,7 +14,13 @@ is a few ordinary products, of floats. Not from any of the papers; ApproxTorch o
 Where an activation was clipped its gradient is 0 (Bengio et al., 2013). The activation is saved as the float
 that came in, which ReLU and BatchNorm keep alive anyway: an approximate layer adds nothing to the memory.
 
-Chapter: 06, "Faster than float32?"
+Mixed precision: a layer in training mode under ``torch.autocast(..., torch.bfloat16)`` rounds what the law says to
+bfloat16 at the very end, as an exact layer would, so that what follows it is as cheap. Its straight-through
+backward then multiplies in bfloat16 too, which holds codes exactly; the gradient that comes in, the weights as
+dequantised and the results are rounded to 8 bits, sums are not. The smoothed backward stays in float32, and so does
+everything in evaluation mode and under other types: float16 would overflow on sums of codes.
+
+Chapters: 06, "Faster than float32?", and 08, "Can a network learn its new arithmetic?"
 """
 
 import functools
@@ -27,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from axmoe_lite import kernels, quant
 from axmoe_lite.kernels import factored
-from axmoe_lite.kernels.encode import clear_outside, round_trip
+from axmoe_lite.kernels.encode import clear_outside, codes_in_bfloat16, round_trip
 from axmoe_lite.multipliers import Multiplier
 
 GRADIENTS = ("straight-through", "smoothed")
@@ -78,9 +84,27 @@ def _look_up(row: Tensor, codes: Tensor) -> Tensor:
     return row[codes.long() + 128]
 
 
-def _meant(x: Tensor, scale: Tensor) -> Tensor:
-    """The values that the codes of x mean, in memory that the next such call overwrites."""
-    return round_trip(x, float(scale))[0]
+def _mixed(layer: Any, x: Tensor) -> bool:
+    """Whether a forward pass is one of mixed precision; asked there, because autocast has ended before backward."""
+    kind = x.device.type
+    wanted = layer.training and torch.is_autocast_enabled(kind)
+    return wanted and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def _seen(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, float]:
+    """What a product saw in place of x: floats, notes for :func:`clear_outside`, and what a float of 1 means.
+
+    The floats are values in float32, but codes in bfloat16, where values would be rounded. They lie in memory
+    that the next such call overwrites.
+    """
+    if dtype == torch.bfloat16:
+        return *codes_in_bfloat16(x, float(scale)), float(scale)
+    return *round_trip(x, float(scale)), 1.0
+
+
+def _times(product: Tensor, step: float) -> Tensor:
+    """The product of codes as one of values; in float32, because there it is not rounded a second time."""
+    return product if step == 1.0 else product.float().mul_(step)
 
 
 def _stopped(grad: Tensor, x: Tensor, scale: Tensor | float, outside: Tensor | None = None) -> Tensor:
@@ -92,7 +116,13 @@ def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
     # The product goes along, because its scale and codes are those of the weights as they were.
     ctx.save_for_backward(x)
     ctx.layer, ctx.product, ctx.weight_dtype = layer, layer.product(), weight.dtype
-    return ctx.product(x)
+    ctx.dtype = torch.bfloat16 if _mixed(layer, x) else torch.float32
+    return ctx.product(x).to(ctx.dtype)
+
+
+def _operands(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient in the type in which the backward pass multiplies."""
+    return grad.to(ctx.dtype if ctx.layer.gradient == "straight-through" else torch.float32)
 
 
 class Convolution(torch.autograd.Function):
@@ -106,16 +136,18 @@ class Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), layer, product, wanted = ctx.saved_tensors, ctx.layer, ctx.product, ctx.needs_input_grad
-        grad, outside = grad.float(), None
+        grad, outside = _operands(ctx, grad), None
 
         def backward(first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool]) -> tuple:
             options = (layer.stride, layer.code_padding, layer.dilation, False, (0, 0), layer.groups)
             return torch.ops.aten.convolution_backward(grad, first, second, None, *options, (*which, False))[:2]
 
         if layer.gradient == "straight-through":
-            used = product.weight.float().mul_(product.scale_w)
-            seen, outside = round_trip(x, product.scale_x) if wanted[1] else (x.float(), None)
+            used, seen, step = product.weight.float().mul_(product.scale_w).to(ctx.dtype), x.to(ctx.dtype), 1.0
+            if wanted[1]:
+                seen, outside, step = _seen(x, product.scale_x, ctx.dtype)
             grad_x, grad_weight = backward(seen, used, grad, wanted[:2])
+            grad_weight = _times(grad_weight, step) if wanted[1] else None
         else:
             codes, parts_x, parts_weight = quant.quantise(x, product.scale_x), [], []
             if wanted[0]:
@@ -133,7 +165,7 @@ class Convolution(torch.autograd.Function):
             grad_x, grad_weight = _total(parts_x, x), _total(parts_weight, product.weight).mul_(product.scale_x)
         grad_x = _stopped(grad_x, x, product.scale_x, outside) if wanted[0] else None
         grad_weight = grad_weight.to(ctx.weight_dtype) if wanted[1] else None
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if wanted[2] else None, None
+        return grad_x, grad_weight, grad.sum((0, 2, 3), dtype=torch.float32) if wanted[2] else None, None
 
 
 class Linear(torch.autograd.Function):
@@ -147,14 +179,14 @@ class Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), layer, product, wanted = ctx.saved_tensors, ctx.layer, ctx.product, ctx.needs_input_grad
-        grad, rows = grad.float().flatten(0, -2), x.flatten(0, -2)
+        grad, rows = _operands(ctx, grad).flatten(0, -2), x.flatten(0, -2)
         grad_x = grad_weight = outside = None
         if layer.gradient == "straight-through":
             if wanted[0]:
-                grad_x = grad @ product.weight.float().mul_(product.scale_w)
+                grad_x = grad @ product.weight.float().mul_(product.scale_w).to(ctx.dtype)
             if wanted[1]:
-                seen, outside = round_trip(rows, product.scale_x)
-                grad_weight = grad.T @ seen
+                seen, outside, step = _seen(rows, product.scale_x, ctx.dtype)
+                grad_weight = _times(grad.T @ seen, step)
         else:
             codes, scaled = quant.quantise(rows, product.scale_x), grad * product.scale_w.flatten()
             if wanted[0]:
@@ -167,7 +199,7 @@ class Linear(torch.autograd.Function):
                 grad_weight = _total(parts, product.weight).mul_(product.scale_x)
         grad_x = _stopped(grad_x, rows, product.scale_x, outside).view(x.shape) if wanted[0] else None
         grad_weight = grad_weight.to(ctx.weight_dtype) if wanted[1] else None
-        return grad_x, grad_weight, grad.sum(0) if wanted[2] else None, None
+        return grad_x, grad_weight, grad.sum(0, dtype=torch.float32) if wanted[2] else None, None
 
 
 class Activations(torch.autograd.Function):
@@ -176,21 +208,25 @@ class Activations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, layer: Any) -> Tensor:
         ctx.save_for_backward(a, b, layer.scale_a, layer.scale_b)
-        ctx.layer = layer
+        ctx.layer, ctx.dtype = layer, torch.bfloat16 if _mixed(layer, a) else torch.float32
         codes = quant.quantise(a, layer.scale_a), quant.quantise(b, layer.scale_b)
         sums = factored.float_sums(*codes, layer.multiplier)  # spares two passes over what may be a large result
         sums = kernels.matmul(*codes, layer.multiplier).float() if sums is None else sums
-        return sums.mul_(layer.scale_a * layer.scale_b)
+        return sums.mul_(layer.scale_a * layer.scale_b).to(ctx.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale_a, scale_b = ctx.saved_tensors
         layer, (want_a, want_b, _) = ctx.layer, ctx.needs_input_grad
-        grad, grad_a, grad_b = grad.float(), None, None
+        grad, grad_a, grad_b = _operands(ctx, grad), None, None
         if layer.gradient == "straight-through":
-            grad_a = grad @ _meant(b, scale_b).mT if want_a else None
-            grad_b = _meant(a, scale_a).mT @ grad if want_b else None
+            if want_a:
+                seen, _, step = _seen(b, scale_b, ctx.dtype)
+                grad_a = _times(grad @ seen.mT, step)
+            if want_b:
+                seen, _, step = _seen(a, scale_a, ctx.dtype)
+                grad_b = _times(seen.mT @ grad, step)
         else:
             x, y = quant.quantise(a, scale_a), quant.quantise(b, scale_b)
             if want_a:
