@@ -225,6 +225,12 @@ def test_a_mixture_resumes_bit_for_bit(textures, tmp_path, hard):
         train.fit(models.resnet8(classes=4), textures, **call)
 
 
+def test_what_is_watched_while_evaluating_is_each_image_once(textures, hard):
+    with moe.watching(hard) as seen:
+        train.evaluate(hard, textures, batch_size=50, progress=False)
+    assert [len(routing.choice) for routing in seen["conv1"]] == [50, 14]
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_retraining_heals_and_leaves_frozen_gates_alone(textures, hard, frozen):
     options = {"batch_size": 32, "lr": 0.05, "augment": "none", "progress": False}

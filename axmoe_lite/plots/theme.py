@@ -3,7 +3,7 @@
 A chart is shown as a ``<div>`` and a call of ``vegaEmbed``. Vega itself comes with the book (one script beside
 the pages), or, in a live notebook, inside every chart, so that each draws whichever cell ran first.
 
-Chapters: 01 to 06.
+Chapters: 01 to 09.
 """
 
 import ast
