@@ -153,7 +153,7 @@ def _macs(module: nn.Module, args: tuple, named: dict[str, Any], output: Any, at
     """Of one call of one module."""
     if isinstance(module, nn.MultiheadAttention):
         return _attention_macs(module, *args, products=attention, **named)
-    x = args[0] if args else next(iter(named.values()))
+    x = args[0] if args else named.get("a", named.get("input"))
     if _is_product(module):
         return x.shape[-1] * output.numel()
     if isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -124,7 +124,7 @@ def freeze(network: nn.Module) -> Frozen:
     with evaluating(network), torch.no_grad():
         graph, opaque = trace(network)
         steps, eager = Planner(network, graph).plan()
-    eager.update({name: "torch.fx cannot trace it" for name in opaque})
+    eager.update({name: "torch.fx cannot trace it" for name in sorted(opaque)})
     return Frozen(network, graph, steps, eager)
 
 
