@@ -2,6 +2,7 @@
 
     network = exact("resnet20", images, topology="hard", epochs=60, upcycle_epochs=20)    without approximation
     rows = measure(network, images, EVOAPPROX, retrain_epochs=5)               one a multiplier and regime
+    rows = footprint("resnet20", classes=100, size=32)                         one a topology: counted, not trained
 
 :func:`exact` keeps each stage in a folder and takes it from there the next time; :func:`measure` takes any network,
 yours too. Both resume where they were interrupted.
@@ -11,20 +12,23 @@ Chapter: 09, "What does accuracy cost?"
 
 import copy
 import difflib
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from axmoe_lite import cost, models, moe
+from axmoe_lite import cost, models
 from axmoe_lite.datasets import Images
-from axmoe_lite.layers import assignment_of, default_layers
+from axmoe_lite.layers import approximable, assignment_of, default_layers
 from axmoe_lite.models import upcycle
 from axmoe_lite.multipliers import EXACT, errors, multiplier
 from axmoe_lite.train import calibrate, fit, gateway_of, predict, recipe, retrain
+from axmoe_lite.train.clusters import CLUSTERS
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": models.resnet8,
@@ -49,13 +53,62 @@ def build(network: str, images: Images, *, seed: int = 0, **options: object) -> 
     >>> build("resnet8", datasets.synthetic(classes=3, size=8, n_train=9, n_test=3)).fc
     Linear(in_features=64, out_features=3, bias=True)
     """
-    if network not in NETWORKS:
-        near = difflib.get_close_matches(network, NETWORKS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"No network is called {network!r}. Did you mean {near!r}? There are {', '.join(NETWORKS)}.")
+    _check_known("network", network, NETWORKS)
     if network == "vit_small":
         size = images.x_train.shape[-1]
         options = {"image_size": size, "patch": max(1, size // 8), **options}  # 64 patches, as 8 at 64 x 64
     return NETWORKS[network](classes=len(images.classes), seed=seed, **options)
+
+
+def footprint(
+    network: str,
+    *,
+    classes: int,
+    size: int,
+    topologies: Iterable[str] = models.TOPOLOGIES,
+    attention: bool = True,
+    build_options: dict | None = None,
+    **mixture: Any,
+) -> list[dict]:
+    """What one image costs in each topology, counted on networks with fresh weights.
+
+    Args:
+        network: one of :data:`NETWORKS`.
+        size: of the images, in pixels.
+        attention: see :func:`axmoe_lite.cost.count`.
+        build_options: of the network's factory, such as ``width``.
+        mixture: ``experts``, ``r`` and others, see :func:`~axmoe_lite.models.upcycle`.
+
+    Returns:
+        One dict a topology: ``network``, ``topology``; products of the dense network (``base``), ``executed``
+        for one image, and ``stored`` (if every expert answered); ``parameters``; ``approximated_share`` of what is
+        executed, if all :func:`~axmoe_lite.layers.default_layers` have a multiplier.
+
+    >>> [(row["topology"], row["executed"]) for row in footprint("resnet8", classes=10, size=8, topologies=["soft"])]
+    [('soft', 2093248.0)]
+    """
+    _check_known("network", network, NETWORKS)
+    sized = {"image_size": size} if network == "vit_small" else {}
+    image = torch.zeros(1, 3, size, size)
+    dense = NETWORKS[network](classes=classes, **sized, **(build_options or {}))
+    base = cost.count(dense, image, attention=attention).executed
+    rows = []
+    for topology in topologies:
+        made = upcycle(dense, topology=topology, **mixture)
+        macs = cost.count(made, image, attention=attention)
+        paid = cost.price(macs, dict.fromkeys(default_layers(made), EXACT))
+        rows.append(
+            {
+                "network": network,
+                "topology": topology,
+                "base": base,
+                "executed": macs.executed,
+                "stored": macs.static,
+                "parameters": macs.parameters,
+                "approximated_share": paid.approximated_share,
+            }
+        )
+    return rows
 
 
 def exact(
@@ -73,8 +126,10 @@ def exact(
     seed: int = 0,
     build_options: dict | None = None,
     upcycle_options: dict | None = None,
+    gateway_options: dict | None = None,
     fit_options: dict | None = None,
     folder: Path | str | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
     """A network in a topology, trained without approximation: dense first, then as a mixture of its copies.
@@ -86,38 +141,50 @@ def exact(
         experts, r: see :func:`~axmoe_lite.models.upcycle`; ``upcycle_options`` for the others there.
         by: how a cluster's images are grouped, see :func:`~axmoe_lite.train.gateway_of`.
         gateway: the network of a cluster's gateway, trained on the classes for ``gateway_epochs`` (None: ``epochs``).
+            Not from the paper: ResNet-56 for a transformer too.
+        build_options, gateway_options: of :func:`build`, for the dense network and for the gateway.
         fit_options: of :func:`~axmoe_lite.train.fit`, instead of those of its recipes.
-        folder: where each stage is kept after every epoch. None: nowhere.
+        folder: where each stage is kept after every epoch. None: nowhere. A mixture's file is named after the weights
+            and options it began with, so that others never resume from it.
+        device: of networks that are built here; one that is given stays where it is.
 
     Returns:
         The network. Its gates, gateway and experts are named as in :mod:`axmoe_lite.moe`.
+
+    Raises:
+        ValueError: for a network, topology, gateway or grouping that does not exist, before anything is trained.
     """
-    moe.check_option("topology", topology, models.TOPOLOGIES)
+    if isinstance(network, str):
+        _check_known("network", network, NETWORKS)
+    _check_known("topology", topology, models.TOPOLOGIES)
+    _check_known("gateway", gateway, NETWORKS)
+    _check_known("grouping (by=)", by, CLUSTERS)
     chosen = {"progress": progress, **(fit_options or {})}
 
-    def learn(model: nn.Module, name: str, stage: str, n_epochs: int) -> nn.Module:
+    def learn(model: nn.Module, name: str, stage: str, n_epochs: int, origin: str = "") -> nn.Module:
         options = {**recipe(model, stage=stage), **chosen}
-        file = f"fit-{name}-{images.name}-seed{seed}-epochs{n_epochs}.safetensors"
+        file = f"fit-{name}-{images.name}-seed{seed}-epochs{n_epochs}{origin}.safetensors"
         file = None if folder is None else Path(folder) / file
         fit(model, images, epochs=n_epochs, seed=seed, checkpoint=file, **options)
         return model
 
     if isinstance(network, str):
-        dense = learn(build(network, images, seed=seed, **(build_options or {})), network, "train", epochs)
+        dense = build(network, images, seed=seed, **(build_options or {})).to(device)
+        learn(dense, network, "train", epochs)
     else:
         dense = network
     if topology == "dense":
         return dense
-    name = f"{network if isinstance(network, str) else type(network).__name__}-{topology}{experts}"
     options = {"experts": experts, "r": r, "seed": seed, **(upcycle_options or {})}
+    gateway_epochs = epochs if gateway_epochs is None else gateway_epochs
+    given = (options, by, gateway, gateway_epochs, gateway_options) if topology == "cluster" else options
+    origin = f"-from-{_digest(dense, given)}"
     if topology == "cluster":
-        teacher = build(gateway, images, seed=seed)
-        learn(teacher, gateway, "train", epochs if gateway_epochs is None else gateway_epochs)
+        teacher = build(gateway, images, seed=seed, **(gateway_options or {})).to(_device(dense))
+        learn(teacher, gateway, "train", gateway_epochs)
         options["gateway"] = gateway_of(teacher, images, experts=experts, by=by, seed=seed)
-        name += f"-{by}"
-    else:
-        name += f"-r{r:g}"
-    return learn(upcycle(dense, topology=topology, **options), name, "upcycle", upcycle_epochs)
+    name = f"{network if isinstance(network, str) else type(network).__name__}-{topology}{experts}"
+    return learn(upcycle(dense, topology=topology, **options), name, "upcycle", upcycle_epochs, origin)
 
 
 def measure(
@@ -126,8 +193,9 @@ def measure(
     multipliers: Iterable[str],
     *,
     retrain_epochs: int = 0,
-    base: cost.Macs | None = None,
+    base: cost.Macs | float | None = None,
     layers: Iterable[str] | None = None,
+    calibrate_options: dict | None = None,
     retrain_options: dict | None = None,
     skip: Iterable[tuple[str, str]] = (),
     checkpoint: Path | str | None = None,
@@ -141,38 +209,52 @@ def measure(
         retrain_epochs: if not 0, a second row for each after so many epochs of :func:`~axmoe_lite.train.retrain`.
         base: what the cost is relative to, :func:`axmoe_lite.cost.count` of the dense network; None: this network.
         layers: dotted names; None: :func:`~axmoe_lite.layers.default_layers`.
-        retrain_options: see :func:`~axmoe_lite.train.retrain`.
+        calibrate_options, retrain_options: see :func:`~axmoe_lite.train.calibrate` (``n``, ``per_channel``) and
+            :func:`~axmoe_lite.train.retrain` (``seed``, ``lr``).
         skip: (multiplier, regime) pairs that are known already.
-        checkpoint: a file name for half-finished retraining, in which ``{multiplier}`` becomes the name.
+        checkpoint: a file name for half-finished retraining, in which ``{multiplier}`` becomes the name. It is
+            removed when the row after it is asked for, or the end.
 
-    Yields:
-        Dicts: ``multiplier``, ``regime``, ``retrain_epochs``, ``top1`` in [0, 1], ``correct``, ``outcome`` ("", or why
-        retraining stopped), ``p_norm``, ``approximated_share``, ``macs`` (executed for an input), ``macs_static``,
-        ``parameters``, ``energy_pj``, ``delay_ns``, ``digest`` of the table, ``power_mw``, ``mean_error``, ``seconds``.
+    Returns:
+        An iterator over dicts, one a multiplier and regime: ``multiplier``, ``regime``, ``retrain_epochs``, ``top1`` in
+        [0, 1], ``correct``, ``outcome`` ("", or why retraining stopped), ``p_norm``, ``approximated_share``, ``macs``
+        (executed for an input), ``macs_static``, ``parameters``, ``energy_pj``, ``delay_ns``, ``digest`` of the table,
+        ``power_mw``, ``mean_error``, ``seconds`` (of this row alone).
 
     Raises:
-        ValueError: for a multiplier or layer that does not exist, before anything is measured.
+        ValueError: by the call itself, before anything is measured: for a multiplier, layer or regime that does not
+            exist, a multiplier without a power, or a network that is approximate already.
     """
     names, known = list(multipliers), set(skip)
     tables = {name: None if name == "float32" else multiplier(name) for name in names}
+    if assignment_of(network):
+        raise ValueError(
+            f"This {type(network).__name__} has approximate layers already; restore() it before measure()."
+        )
     layers = default_layers(network) if layers is None else list(layers)
-    todo = [
-        (name, regimes)
-        for name in names
-        if (regimes := [regime for regime in _regimes(name, retrain_epochs) if (name, regime) not in known])
-    ]
+    for name in layers:
+        _check_known("layer", name, approximable(network))
+    for _, regime in known:
+        _check_known("regime", regime, REGIMES)
+    if retrain_epochs < 0:
+        raise ValueError(f"retrain_epochs is {retrain_epochs}; it is at least 0, and 0 retrains nothing.")
     macs = cost.count(network, images.normalised(images.subset(n_test=1000).x_test.to(_device(network))))
-    for name, regimes in tqdm(todo, desc="measure", disable=not progress):
-        copied, start, outcome = copy.deepcopy(network), time.perf_counter(), ""
-        if tables[name] is not None:
-            calibrate(copied, dict.fromkeys(layers, tables[name]), images)
-        paid = cost.price(macs, assignment_of(copied), base=base)
+    prices = {
+        name: cost.price(macs, dict.fromkeys(layers, table) if table else {}, base=base)
+        for name, table in tables.items()
+    }
+
+    def one(name: str, regimes: list[str]) -> Iterator[dict]:
+        copied, start, outcome, table = copy.deepcopy(network), time.perf_counter(), "", tables[name]
+        file = None if checkpoint is None else str(checkpoint).replace("{multiplier}", name.replace(":", "-"))
+        if table is not None:
+            calibrate(copied, dict.fromkeys(layers, table), images, **(calibrate_options or {}))
         for regime in regimes:
             if regime == "retrained":
-                file = None if checkpoint is None else str(checkpoint).replace("{multiplier}", name.replace(":", "-"))
                 options = {"evaluate_every": 0, "progress": progress, "checkpoint": file, **(retrain_options or {})}
                 outcome = retrain(copied, images, epochs=retrain_epochs, **options).diverged
             correct = int((predict(copied, images, progress=False) == images.y_test.cpu()).sum())
+            paid = prices[name]
             yield {
                 "multiplier": name,
                 "regime": regime,
@@ -187,13 +269,23 @@ def measure(
                 "parameters": macs.parameters,
                 "energy_pj": paid.energy_pj,
                 "delay_ns": paid.delay_ns,
-                "digest": tables[name].digest if tables[name] else "float32",
-                "power_mw": (tables[name] or multiplier(EXACT)).power_mw,
-                "mean_error": errors(tables[name]).mean_error if tables[name] else 0.0,
+                "digest": table.digest if table else "float32",
+                "power_mw": (table or multiplier(EXACT)).power_mw,
+                "mean_error": errors(table).mean_error if table else 0.0,
                 "seconds": round(time.perf_counter() - start, 2),
             }
-            if regime == "retrained" and file is not None:
-                Path(file).unlink(missing_ok=True)
+            start = time.perf_counter()  # what the caller did with the row is not the next row's time
+        if file is not None and "retrained" in regimes:
+            for epoch in range(1, retrain_epochs + 1):
+                Path(file.replace("{epoch}", str(epoch))).unlink(missing_ok=True)
+
+    def rows() -> Iterator[dict]:
+        for name in tqdm(names, desc="measure", disable=not progress):
+            regimes = [regime for regime in _regimes(name, retrain_epochs) if (name, regime) not in known]
+            if regimes:
+                yield from one(name, regimes)
+
+    return rows()
 
 
 def _regimes(name: str, retrain_epochs: int) -> list[str]:
@@ -202,3 +294,19 @@ def _regimes(name: str, retrain_epochs: int) -> list[str]:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
+
+
+def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"No {kind} is called {name!r}.{hint} There are {', '.join(known) or 'none'}.")
+
+
+def _digest(network: nn.Module, options: object) -> str:
+    """Eight letters that differ where the weights or the options do."""
+    found = hashlib.sha256(repr(options).encode())
+    for name, value in network.state_dict().items():
+        found.update(name.encode() + value.detach().cpu().double().numpy().tobytes())
+    return found.hexdigest()[:8]

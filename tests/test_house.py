@@ -15,7 +15,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
 STAIRCASE = (  # noqa: SIM905
-    "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs bench plots __main__"
+    "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs bench plots"
+    " __main__"
 ).split()
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 

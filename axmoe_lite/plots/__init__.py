@@ -2,12 +2,29 @@
 
     theme          colours, the renderer, the sources that chapters show
     multipliers    what a multiplier gets wrong, and what it is made of
+    layers         what a layer does to numbers: bytes, and sums of wrong products
     networks       what a network makes of it
+    experts        who answers: mixtures, their load, and what approximation does to the choice
+    learning       what training sees of a product, and what it gives back
     speed          what simulating it costs
+    cost           what an answer costs in each topology, and what accuracy it buys
 
-Chapters: 01 to 06.
+Chapters: 01 to 09.
 """
 
+from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
+from axmoe_lite.plots.experts import changed_choices, cluster_samples, loads, who_answers
+from axmoe_lite.plots.layers import (
+    channel_ranges,
+    channel_shifts,
+    clip_errors,
+    clip_explorer,
+    code_counts,
+    corrected,
+    straight_through,
+    sum_errors,
+)
+from axmoe_lite.plots.learning import product_slopes, recovered, recovery_curves
 from axmoe_lite.plots.multipliers import (
     broken_array_explorer,
     error_maps,
@@ -21,17 +38,36 @@ from axmoe_lite.plots.speed import speed_bars, speed_scaling
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
 
 __all__ = [
+    "accuracy_cost",
     "broken_array_explorer",
+    "changed_choices",
+    "channel_ranges",
+    "channel_shifts",
+    "clip_errors",
+    "clip_explorer",
+    "cluster_samples",
+    "code_counts",
+    "corrected",
+    "cost_explorer",
     "error_maps",
+    "executed_stored",
     "javascript_bundle",
     "kept_cells",
     "learning_curve",
+    "loads",
     "number_grid",
+    "pareto",
     "power_error_front",
+    "product_slopes",
     "proxy_check",
+    "recovered",
+    "recovery_curves",
     "resilience",
     "source",
     "speed_bars",
     "speed_scaling",
+    "straight_through",
+    "sum_errors",
     "theme",
+    "who_answers",
 ]

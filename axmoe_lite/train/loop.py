@@ -75,8 +75,8 @@ def fit(
         balance: alpha, the weight of the load-balancing loss of each :class:`~axmoe_lite.moe.HardMoE` whose gate
             learns (not from the paper: 0.01, as in Switch Transformer).
         augment: ``"crop_flip"``, ``"crop"`` (for images that mean something else mirrored) or ``"none"``.
-        precision: ``"float32"``, or ``"bf16"`` for mixed precision, in which the sums of approximate products are still exact and only
-            what a layer hands on is rounded.
+        precision: ``"float32"``, or ``"bf16"`` for mixed precision, in which the sums of approximate products are
+            still exact and only what a layer hands on is rounded.
         evaluate_every: measure top-1 after so many epochs; 0 means never.
         checkpoint: a file written after each epoch. If it exists and was made by the same call, training
             resumes from it (or returns at once if it had finished). With ``{epoch}`` in its name every epoch has
