@@ -244,8 +244,10 @@ def test_a_cluster_brings_a_gateway_when_it_is_given_none():
 
 def test_a_factory_makes_what_upcycle_makes(x):
     made = resnet8(classes=5, width=0.25, topology="hard", experts=3, r=0.3, seed=4).eval()
-    same = upcycle(resnet8(classes=5, width=0.25, seed=4), topology="hard", experts=3, r=0.3, seed=4).eval()
-    assert torch.equal(made(x), same(x)) and list(moe.mixtures(made)) == ["layer3.0.conv1", "layer3.0.conv2"]
+    dense = resnet8(classes=5, width=0.25, seed=4)
+    same, other = (upcycle(dense, topology="hard", experts=3, r=0.3, seed=seed).eval() for seed in (4, 5))
+    assert torch.equal(made(x), same(x)) and not torch.equal(made(x), other(x))
+    assert list(moe.mixtures(made)) == ["layer3.0.conv1", "layer3.0.conv2"]
 
 
 # ---------------------------------------------------------------- where they meet approximation
