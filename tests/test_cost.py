@@ -230,31 +230,35 @@ def test_approximation_changes_no_count():
 
 
 class Fails(nn.Module):
-    def __init__(self):
+    """Raises when it is called for the n-th time."""
+
+    def __init__(self, n):
         super().__init__()
-        self.fails = False
+        self.left = n
 
     def forward(self, x):
-        if self.fails:
+        self.left -= 1
+        if not self.left:
             raise KeyError("as planned")
         return x
 
 
-def test_counting_leaves_no_trace(gate):
-    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), moe.HardMoE([mlp(4), mlp(8)], gate), Fails()).train()
+@pytest.mark.parametrize("fails_at", [1, 2, 3])  # on what is executed; on what there is to be executed; never
+def test_counting_leaves_no_trace(gate, fails_at):
+    network = nn.Sequential(
+        nn.Linear(2, 2), nn.BatchNorm1d(2), moe.HardMoE([mlp(4), mlp(8)], gate), Fails(fails_at)
+    ).train()  # fmt: skip
     network[0].eval()
     state = copy.deepcopy(network.state_dict())
-    for fails in (False, True):
-        network[3].fails = fails
-        if fails:
-            with pytest.raises(KeyError):
-                count(network, THREE_OF_FOUR)
-        else:
-            assert count(network, THREE_OF_FOUR).executed > 0
-        assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in network.modules())
-        assert network.training and network[1].training and not network[0].training and network[2].also == ""
-        assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
-        assert torch.is_grad_enabled()
+    if fails_at < 3:
+        with pytest.raises(KeyError):
+            count(network, THREE_OF_FOUR)
+    else:
+        assert count(network, THREE_OF_FOUR).executed > 0
+    assert not any(m._forward_hooks or m._forward_hooks_with_kwargs for m in network.modules())
+    assert network.training and network[1].training and not network[0].training and network[2].also == ""
+    assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+    assert torch.is_grad_enabled()
 
 
 def test_nothing_can_be_counted_on_nothing():
@@ -297,6 +301,7 @@ def test_equation_2_with_one_multiplier_is_equation_1(macs):
     for name, power in (("mul8s_1L2L", 0.200), ("mul8s_1L12", 0.052)):
         paid = price(macs, {"a": name, "c": name}, base=77)
         assert paid.p_norm == pytest.approx(p_norm(executed=180, base=77, share=130 / 180, power_mw=power))
+        assert paid.approximated_share == pytest.approx(130 / 180)
     assert price(macs, dict.fromkeys("abc", "mul8s_1L2L")).p_norm == pytest.approx(0.200 / 0.425)
 
 
