@@ -371,3 +371,12 @@ def test_vit_refuses_images_of_another_size(tiny, x):
     for bad in (x[..., :4], x[:, :1], x[0]):
         with pytest.raises(ValueError, match=r"\[3, 8, 8\] only.*image_size"):
             tiny(bad)
+
+
+def test_narrow_networks_keep_their_shape_and_refuse_what_torch_cannot_train():
+    assert resnet8(classes=10, width=0.5).layer3[0].conv2.out_channels == 32
+    assert vgg11_bn(classes=10, width=1 / 16).features[0].out_channels == 4
+    with pytest.raises(ValueError, match=r"width = 0.5 leaves 8 channels.*shortcut='pad'"):
+        resnet20(classes=10, width=0.5)
+    with pytest.raises(ValueError, match=r"width is -1"):
+        vgg11_bn(classes=10, width=-1)

@@ -15,7 +15,7 @@ TOPOLOGIES = ["dense", *MIXED]
 
 
 def small_resnet(**options):
-    network = resnet8(classes=5, width=0.25, **options).eval()
+    network = resnet8(**{"classes": 5, "width": 0.25, **options}).eval()
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():  # statistics as after training, so that images differ where gates look
         if isinstance(module, nn.BatchNorm2d):
@@ -255,7 +255,7 @@ def test_a_factory_makes_what_upcycle_makes(x):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_one_multiplier_goes_to_every_expert_and_to_no_gate_or_classifier(topology):
-    network = small_resnet(shortcut="projection")
+    network = small_resnet(shortcut="projection", width=1.0)
     dense = default_layers(network)
     result = network if topology == "dense" else upcycle(
         network, topology=topology, experts=2, r=0.01, gateway=resnet8(classes=2, width=0.25)
@@ -392,3 +392,12 @@ def test_with_the_exact_multiplier_a_mixture_is_the_quantised_mixture_bit_for_bi
         assert all(len([n for n in load if n]) > 1 for load in loads(network, x).values()), "several experts answer"
         approximate(network, "mul8s_1KVA")
         assert not torch.equal(network(x), law(x))
+
+
+def test_the_classifier_of_every_expert_stays_exact_also_where_it_has_no_name():
+    dense = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 9), torch.nn.Linear(9, 2)
+    )
+    cluster = upcycle(dense, topology="cluster", experts=2)
+    assert default_layers(dense) == ["0", "2"]
+    assert default_layers(cluster) == ["experts.0.0", "experts.0.2", "experts.1.0", "experts.1.2"]

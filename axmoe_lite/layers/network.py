@@ -65,12 +65,13 @@ def default_layers(network: nn.Module, *, stem: bool = True, shortcuts: bool = T
     >>> default_layers(net), default_layers(net, stem=False)
     (['0', '2'], ['2'])
     """
-    layers = {name: layer for name, layer in approximable(network).items() if exact_kind(layer) is not Matmul}
-    classifier = [n for n, m in layers.items() if exact_kind(m) is nn.Linear and _among(n, CLASSIFIERS + ROUTERS)]
-    if not any(_among(name, CLASSIFIERS) for name in classifier) and layers:
-        last = list(layers)[-1]
-        classifier += [last] if exact_kind(layers[last]) is nn.Linear else []
-    names = [n for n in layers if n not in classifier and not _among(n, ROUTERS + EMBEDDINGS)]
+    weighted = {name: layer for name, layer in approximable(network).items() if exact_kind(layer) is not Matmul}
+    layers = {name: layer for name, layer in weighted.items() if not _among(name, ROUTERS)}
+    linear = [name for name, layer in layers.items() if exact_kind(layer) is nn.Linear]
+    classifier = [name for name in linear if _among(name, CLASSIFIERS)]
+    if linear and not classifier and list(layers)[-1] == linear[-1]:
+        classifier = [name for name in linear if _without_experts(name) == _without_experts(linear[-1])]
+    names = [name for name in layers if name not in classifier and not _among(name, EMBEDDINGS)]
     convolutions = [name for name in names if exact_kind(layers[name]) is nn.Conv2d]
     if convolutions and not stem:
         first = _without_experts(convolutions[0])

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from axmoe_lite.models.topology import finish, scaled
 
+NARROWEST = 16  # channels: see _resnet()
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a way around them; [N, C_in, H, W] to [N, C, H / stride, W / stride].
@@ -156,4 +158,9 @@ def _resnet(
     if classes < 1:
         raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
     channels = scaled((16, 32, 64), width)
+    if shortcut == "projection" and channels[0] < NARROWEST:
+        raise ValueError(
+            f"width = {width} leaves {channels[0]} channels before a 1x1 shortcut of stride 2. Below {NARROWEST}, torch"
+            " 2.13 writes outside its memory when it trains one on several threads; use shortcut='pad'."
+        )
     return finish(lambda: ResNet(blocks, classes, shortcut, channels), seed=seed, topology=topology, options=mixture)
