@@ -77,7 +77,7 @@ def clip_explorer(histogram: Histogram, *, name: str) -> alt.VConcatChart:
     )
 
     x_scale = alt.Scale(domain=[0, histogram.largest * 1.02], nice=False)
-    width, coarse = 520, 64
+    width, coarse = 490, 64
     bars = torch.zeros(coarse, dtype=torch.float64).index_add_(
         0, ((edges - edges[0] / 2) / histogram.largest * coarse).long().clamp_max(coarse - 1), share
     )
