@@ -132,7 +132,7 @@ def loads(routed: Mapping[str, Mapping[str, RoutingStatistics]]) -> alt.ConcatCh
         ]
         panels.append(
             alt.layer(marks, rules, *columns, *heads).properties(
-                width=120, height=alt.Step(30), title=alt.Title(network, fontSize=13, offset=20)
+                width=112, height=alt.Step(30), title=alt.Title(network, fontSize=13, offset=20)
             )
         )
     title = alt.Title(
