@@ -122,17 +122,17 @@ def loads(routed: Mapping[str, Mapping[str, RoutingStatistics]]) -> alt.ConcatCh
             written.mark_text(align="left", fontSize=12).encode(
                 x=alt.value(x), text=alt.Text(f"{name}:Q", format=".2f")
             )
-            for name, x in (("balance", 190), ("confidence", 243))
+            for name, x in (("balance", 168), ("confidence", 218))
         ]
         heads = [
             alt.Chart(pd.DataFrame({"text": [name]}))
             .mark_text(align="left", fontSize=11, color="#555555")
             .encode(x=alt.value(x), y=alt.value(-8), text="text:N")
-            for name, x in (("balance", 180), ("confidence", 230))
+            for name, x in (("balance", 158), ("confidence", 205))
         ]
         panels.append(
             alt.layer(marks, rules, *columns, *heads).properties(
-                width=112, height=alt.Step(30), title=alt.Title(network, fontSize=13, offset=20)
+                width=150, height=alt.Step(30), title=alt.Title(network, fontSize=13, offset=20)
             )
         )
     title = alt.Title(
