@@ -401,3 +401,9 @@ def test_the_classifier_of_every_expert_stays_exact_also_where_it_has_no_name():
     cluster = upcycle(dense, topology="cluster", experts=2)
     assert default_layers(dense) == ["0", "2"]
     assert default_layers(cluster) == ["experts.0.0", "experts.0.2", "experts.1.0", "experts.1.2"]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_typo_is_refused_in_every_topology(topology):
+    with pytest.raises(ValueError, match=r"'expert'; it can be 'gate'"):
+        resnet8(classes=3, topology=topology, expert=2)
