@@ -19,7 +19,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[book,fast,test]"
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[book,fast,sweep,test]"
 	touch $(READY)
 
 clean:

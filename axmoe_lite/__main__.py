@@ -1,42 +1,167 @@
-"""The command line: ``axmoe book`` executes every chapter and builds the book, ``axmoe bench`` measures speed."""
+"""The command line.
+
+    axmoe list                                          chapters and their parameters
+    axmoe run 05_networks seed=1                        execute one, once
+    axmoe sweep 05_networks seed=0,1,2 --workers 2      every combination, each once
+    axmoe collect                                       one table of what the runs recorded
+    axmoe compare A B                                   two sets of results, paired
+    axmoe book                                          execute what changed, build the pages
+    axmoe bench                                         speed against float32, on this machine
+    axmoe doctor                                        what this machine has, what is missing, what to do
+
+Exit status: 0 done, 1 something failed or was not run, 2 asked for what does not exist, 130 interrupted.
+"""
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
-from axmoe_lite import paths
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0: done, 1: it failed, 2: it was asked for what does not exist)."""
-    parser = argparse.ArgumentParser(prog="axmoe", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    book = commands.add_parser(
-        "book", help="execute every chapter with papermill, then build the HTML book", allow_abbrev=False
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop the runs, say what is done
+    try:
+        return COMMANDS[chosen.command](chosen)
+    except (ValueError, ImportError, ConnectionError, RuntimeError) as wrong:
+        print(f"axmoe {chosen.command}: {wrong}", file=sys.stderr)
+        return 2 if isinstance(wrong, ValueError) else 1
+    except KeyboardInterrupt:
+        print(f"\naxmoe {chosen.command}: interrupted; what has finished is kept, the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="axmoe", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, does: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=does, description=does, allow_abbrev=False)
+
+    command("list", "chapters, their parameters and what these can be")
+    for name, does in (("run", "execute a chapter once"), ("sweep", "execute a chapter with every combination")):
+        one = command(name, does)
+        one.add_argument("chapter", help="its name or number, as in 'axmoe list'; or the path of any notebook")
+        one.add_argument("parameters", nargs="*", metavar="key=value", help="or key=a,b,c in a sweep; key=0..9 too")
+        one.add_argument("--threads", type=int, default=0, help="of each run (default: the cores, shared)")
+        one.add_argument("--minutes", type=float, default=0.0, help="stop a run that takes longer")
+        one.add_argument("--memory-gb", type=float, default=0.0, help="stop a run whose processes need more")
+        one.add_argument("--retry", action="store_true", help="run again what failed before")
+        one.add_argument("--any-source", action="store_true", help="skip what other versions of the code finished, too")
+        if name == "sweep":
+            where = one.add_mutually_exclusive_group()
+            where.add_argument("--workers", type=int, default=1, help="runs at a time on this machine (default: 1)")
+            where.add_argument("--scheduler", default="", help="send them to this Dask scheduler: tcp://host:8786")
+    collect = command("collect", "one table, Parquet and CSV, of the rows of all finished runs")
+    collect.add_argument("chapters", nargs="*", help="only of these")
+    collect.add_argument("--current", action="store_true", help="only of runs by the code as it is now")
+    collect.add_argument("--keep-newest", action="store_true", help="of rows measured twice with one result, the later")
+    collect.add_argument("--publish", action="store_true", help="rows of scale 'paper' into data/results, and the ledger")
+    collect.add_argument("--to", type=Path, help="the table's file, without its ending (default: data/runs/collected)")
+    compare = command("compare", "two sets of results side by side, paired by what they were measured on")
+    compare.add_argument("a", metavar="A", help="a study, or a CSV or Parquet file; NAME:column=value,... for some rows")
+    compare.add_argument("b", metavar="B", help="the same")
+    compare.add_argument("--by", default="", help="columns that pair the rows (default: the study's key)")
+    compare.add_argument("--values", default="", help="columns to compare (default: top1, or all that were measured)")
+    book = command("book", "execute every chapter that changed, then build the HTML pages")
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
-    bench = commands.add_parser(
-        "bench", help="measure speed against float32 on this machine, in turns", allow_abbrev=False
-    )
+    book.add_argument("--workers", type=int, default=0, help="chapters at a time (default: one a core)")
+    book.add_argument("--force", action="store_true", help="execute and build everything")
+    bench = command("bench", "measure speed against float32 on this machine, in turns")
     bench.add_argument("--cases", default="", help="groups of cases, as in gemm,resnet20 (default: all)")
     bench.add_argument("--threads", default="", help="numbers of threads, as in 1,2 (default: 1, and 2 if there are)")
     bench.add_argument("--repeats", type=int, help="turns of each case (default: 9, or 3 with --quick)")
     bench.add_argument("--quick", action="store_true", help="fewer and smaller: about a minute")
     bench.add_argument("--record", action="store_true", help="write data/results/speed_*.csv (the cache, if quick)")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "book":
-        return build_book(scale=chosen.scale)
-    try:
-        work = speed_work(chosen)
-    except ValueError as wrong:  # a typo: nothing has been measured yet
-        bench.error(str(wrong))
-    return measure_speed(work, record=chosen.record)
+    command("doctor", "what this machine has, what is missing, and what to do about it")
+    return parser
+
+
+def _list(chosen: argparse.Namespace) -> int:
+    from axmoe_lite import runs
+
+    print(runs.listing())
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    """``axmoe run`` and ``axmoe sweep``."""
+    from axmoe_lite import runs
+
+    known = runs.parameters(runs.find(chosen.chapter))
+    given = runs.parse(known, chosen.parameters)
+    several = [name for name, values in given.items() if len(values) > 1]
+    if several and chosen.command == "run":
+        raise ValueError(f"{several[0]} has {len(given[several[0]])} values; 'axmoe sweep' takes several, 'axmoe run' one.")
+    outcomes = runs.sweep(
+        chosen.chapter,
+        given,
+        workers=getattr(chosen, "workers", 1),
+        scheduler=getattr(chosen, "scheduler", ""),
+        threads=chosen.threads,
+        retry=chosen.retry,
+        minutes=chosen.minutes,
+        memory_gb=chosen.memory_gb,
+        any_source=chosen.any_source,
+    )
+    print(runs.summary(outcomes))
+    if len(outcomes) == 1:
+        (only,) = outcomes
+        print(only["folder"] / ("notebook.ipynb" if only["state"] == "finished" else "error.txt"))
+    else:
+        print(f"Each is in a folder of its own in {outcomes[0]['folder'].parent}; 'axmoe collect' makes one table of their rows.")
+    return 0 if all(outcome["state"] == "finished" for outcome in outcomes) else 1
+
+
+def _collect(chosen: argparse.Namespace) -> int:
+    from axmoe_lite import runs
+
+    options = {"current": chosen.current, "keep_newest": chosen.keep_newest, "publish": chosen.publish, "to": chosen.to}
+    print(runs.collect(chapters=chosen.chapters, **options))
+    return 0
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    from axmoe_lite import runs
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    print(runs.table(runs.compare(chosen.a, chosen.b, by=names(chosen.by), values=names(chosen.values))))
+    return 0
+
+
+def _book(chosen: argparse.Namespace) -> int:
+    from axmoe_lite import book
+
+    return book.build(scale=chosen.scale, workers=chosen.workers or None, force=chosen.force)
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    """One table a case as soon as it is measured, and rows of evidence if wanted."""
+    from tqdm.auto import tqdm
+
+    from axmoe_lite import bench, runs
+
+    work = speed_work(chosen)
+
+    def done(rows: list[dict]) -> None:
+        tqdm.write(bench.table(rows) + "\n")
+        if chosen.record:  # at once: what is measured stays if a later case fails
+            bench.record(rows)
+
+    known = ", ".join(f"{name} {value}" for name, value in bench.machine().items())
+    print(f"on {runs.device_name('cpu').rsplit(',', 1)[0]} ({known})")
+    bench.run(**work, done=done)
+    return 0
 
 
 def speed_work(chosen: argparse.Namespace) -> dict:
@@ -45,12 +170,12 @@ def speed_work(chosen: argparse.Namespace) -> dict:
     Raises:
         ValueError: for cases, threads or repeats that cannot be.
     """
-    from axmoe_lite import bench
+    from axmoe_lite import bench, runs
 
     repeats = (3 if chosen.quick else 9) if chosen.repeats is None else chosen.repeats
     if repeats < 1:
         raise ValueError(f"--repeats is {repeats}; at least 1 turn is needed.")
-    cores = bench.cores()
+    cores = runs.cores()
     counts = (chosen.threads or ("1,2" if cores > 1 else "1")).split(",")
     if not all(count.strip().isdigit() and 1 <= int(count) <= cores for count in counts):
         raise ValueError(
@@ -65,85 +190,24 @@ def speed_work(chosen: argparse.Namespace) -> dict:
     }
 
 
-def measure_speed(work: dict, *, record: bool) -> int:
-    """``axmoe bench``: one table a case as soon as it is measured, and rows of evidence if wanted."""
-    from tqdm.auto import tqdm
+def _doctor(chosen: argparse.Namespace) -> int:
+    from axmoe_lite import doctor
 
-    from axmoe_lite import bench, runs
-
-    def done(rows: list[dict]) -> None:
-        tqdm.write(bench.table(rows) + "\n")
-        if record:  # at once: what is measured stays if a later case fails
-            bench.record(rows)
-
-    known = ", ".join(f"{name} {value}" for name, value in bench.machine().items())
-    print(f"on {runs.device_name('cpu').rsplit(',', 1)[0]} ({known})")
-    bench.run(**work, done=done)
-    return 0
+    findings = doctor.examine()
+    print(doctor.report(findings))
+    return 0 if doctor.healthy(findings) else 1
 
 
-def chapters() -> list[Path]:
-    """The chapters in reading order."""
-    return sorted((paths.CHECKOUT / "book").glob("[0-9][0-9]_*.ipynb"))
-
-
-def build_book(*, scale: str) -> int:
-    """Execute the chapters into ``book/_build/stage`` and build ``book/_build/html`` from there."""
-    book = paths.CHECKOUT / "book"
-    if not book.is_dir():
-        print(f"There is no book at {book}: 'axmoe book' works in a checkout of the repository.", file=sys.stderr)
-        return 1
-    stage = book / "_build" / "stage"
-    shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(book, stage, ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
-    for chapter in chapters():
-        if status := _execute(chapter, stage / chapter.name, scale=scale):
-            return status
-    return _build_pages(stage, book / "_build")
-
-
-def _execute(chapter: Path, output: Path, *, scale: str) -> int:
-    command = [sys.executable, "-m", "papermill", str(chapter), str(output), "-p", "scale", scale]
-    # A cell that hangs should not hang the build; at paper scale one cell trains for hours.
-    command += ["--execution-timeout", "1800"] if scale == "quick" else []
-    print(f"== {chapter.name} ({scale})", flush=True)
-    status = subprocess.run(command, env={**os.environ, "AXMOE_BOOK": "1"}, check=False).returncode
-    if status:
-        print(f"{chapter.name} failed; the executed part is in {output}", file=sys.stderr)
-        return 1
-    _drop_widgets(output)
-    return 0
-
-
-def _drop_widgets(notebook: Path) -> None:
-    """Progress bars are live widgets; a page that held one would ask the network for the code to draw it."""
-    content = json.loads(notebook.read_text())
-    content["metadata"].pop("widgets", None)
-    for cell in content["cells"]:
-        if cell["cell_type"] == "code":
-            is_widget = [WIDGET in output.get("data", {}) for output in cell["outputs"]]
-            cell["outputs"] = [o for o, widget in zip(cell["outputs"], is_widget, strict=True) if not widget]
-    notebook.write_text(json.dumps(content, indent=1))
-
-
-def _build_pages(stage: Path, build: Path) -> int:
-    from axmoe_lite import plots
-
-    (stage / "assets").mkdir(exist_ok=True)
-    (stage / "assets" / "vega.js").write_text(plots.javascript_bundle())
-    command = [
-        str(Path(sys.executable).with_name("jupyter-book")),
-        "build",
-        str(stage),
-        "--path-output",
-        str(build.parent),
-    ]
-    status = subprocess.run([*command, "--all", "-W", "--keep-going"], check=False).returncode
-    if status:
-        return 1
-    print(f"The book is at {build / 'html' / 'index.html'}")
-    return 0
-
+COMMANDS = {
+    "list": _list,
+    "run": _run,
+    "sweep": _run,
+    "collect": _collect,
+    "compare": _compare,
+    "book": _book,
+    "bench": _bench,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

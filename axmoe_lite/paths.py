@@ -23,6 +23,11 @@ def cache_dir() -> Path:
     return home() / "data" / "cache"
 
 
+def runs_dir() -> Path:
+    """One folder a run of a chapter: its notebook, its rows, its outcome. Ignored by git; `axmoe collect` reads them."""
+    return home() / "data" / "runs"
+
+
 def results_dir() -> Path:
     """Committed evidence: one CSV a study, written only by :func:`axmoe_lite.runs.record`."""
     return home() / "data" / "results"

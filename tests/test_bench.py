@@ -208,7 +208,7 @@ def test_threads_are_as_many_as_asked_and_restored():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
     with (
-        pytest.raises(ValueError, match=rf"999 threads were asked for; this process has {bench.cores()} cores"),
+        pytest.raises(ValueError, match=rf"999 threads were asked for; this process has {runs.cores()} cores"),
         bench.threads(999),
     ):
         pass

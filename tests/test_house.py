@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from axmoe_lite import runs
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
 STAIRCASE = (  # noqa: SIM905
@@ -83,7 +85,9 @@ def test_notebooks_are_clean(path):
     assert len(tagged) == 1, "exactly one cell is tagged 'parameters'"
     lines = "".join(tagged[0]["source"]).splitlines()
     assert all(re.match(r"\w+ = .+  # .+", line) for line in lines), "each parameter has its comment"
-    assert lines[0].startswith('scale = "quick"'), "the first parameter is the dial"
+    assert lines[0].startswith('scale = "quick"  # {quick, paper} '), "the first parameter is the dial"
+    assert all(p.about for p in runs.parameters(path).values()), "braces say what a parameter can be, not what it is"
+    assert "\nruns.check_parameters()  #" in "".join(code[1]["source"]), "typos are refused before any work"
     assert notebook["metadata"]["language_info"]["name"] == "python", "papermill needs the language"
     assert sum(len("".join(cell["source"]).splitlines()) for cell in code) <= 80, "the package holds the code"
     assert "You will see" in json.dumps(notebook["cells"][0])
@@ -99,10 +103,10 @@ def test_environment_matches_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(d for extra in ("book", "fast", "test") for d in project["optional-dependencies"][extra]),
+        *(d for extra in ("book", "fast", "sweep", "test") for d in project["optional-dependencies"][extra]),
     ]
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert listed[-1]["pip"] == wanted
+    assert listed[-1]["pip"] == list(dict.fromkeys(wanted))  # two extras may want one package
     assert f"python{project['requires-python']}" in listed
 
 

@@ -15,7 +15,7 @@ Chapter: 06, "Faster than float32?"
 
 from axmoe_lite.bench.cases import CASES, HIGH_RANK, Case, builders, planted_table, random_table
 from axmoe_lite.bench.gather import GatherLayer, gather_matmul
-from axmoe_lite.bench.measure import KEY, cores, machine, measure, record, run, table, threads
+from axmoe_lite.bench.measure import KEY, machine, measure, record, run, table, threads
 
 __all__ = [
     "CASES",
@@ -24,7 +24,6 @@ __all__ = [
     "Case",
     "GatherLayer",
     "builders",
-    "cores",
     "gather_matmul",
     "machine",
     "measure",

@@ -5,7 +5,6 @@ Chapter: 06, "Faster than float32?"
 
 import functools
 import importlib.metadata
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from axmoe_lite import runs
+from axmoe_lite.runs import cores
 from axmoe_lite.bench.cases import FLOAT32, FROZEN, NAIVE, PREPARED, SEED, Case, _table
 from axmoe_lite.factors import factorise
 
@@ -35,11 +35,6 @@ def machine() -> dict[str, str]:
     found = set(re.findall(r"\w+", info.read_text())) if info.exists() else set()
     units = " ".join(unit for unit in UNITS if unit in found)
     return {"torch": torch.__version__, "numba": numba, "units": units or "none known"}
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

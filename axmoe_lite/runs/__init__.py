@@ -1,4 +1,27 @@
-"""A hundred runs, kept honest."""
+"""A hundred runs, kept honest: executed once, resumed when interrupted, collected with their evidence.
 
-from axmoe_lite.runs.evidence import EVIDENCE, SCALES, commit, device_name, evidence, read, record
-from axmoe_lite.runs.timing import interleaved, turns
+    notebooks    the chapters, and any other notebook
+    parameters   what a chapter can be given, and what it refuses
+    words        the same on a command line
+    store        a run's folder, its name and its state
+    execute      one run: a process of its own, watched (child.py is what runs there)
+    sweep        many runs, here or on many machines
+    evidence     where a number comes from; the only writer of results
+    collect      one table of all runs (tables: the columns' side of it)
+    compare      two sets of results, paired
+    ledger       data/README.md, from the files themselves
+    timing       seconds that can be compared
+
+Chapter: 10, "Can a hundred runs be trusted?"
+"""
+
+from axmoe_lite.runs.collect import Collected, collect
+from axmoe_lite.runs.compare import Comparison, compare, table
+from axmoe_lite.runs.evidence import EVIDENCE, SCALES, commit, device_name, evidence, read, record, recorded
+from axmoe_lite.runs.execute import Work, perform, pretend
+from axmoe_lite.runs.ledger import ledger, write_ledger
+from axmoe_lite.runs.notebooks import chapters, find
+from axmoe_lite.runs.parameters import Parameter, check, check_parameters, grid, listing, parameters, parse
+from axmoe_lite.runs.store import STATES, Run, all_runs, outcome, scratch
+from axmoe_lite.runs.sweep import perform_all, plan, run, summary, sweep
+from axmoe_lite.runs.timing import cores, interleaved, turns

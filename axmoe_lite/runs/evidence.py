@@ -1,23 +1,34 @@
 """Evidence: a number travels with where it came from, and one function writes it.
 
 Rows of scale ``"paper"`` go to ``data/results/<study>.csv`` and are committed; rows of scale ``"quick"``
-go to ``data/cache/results`` and are not. :func:`read` refuses a file whose rows lack evidence.
+go to ``data/cache/results`` and are not. What a run records goes to the run's own folder, until ``axmoe collect``
+takes it from there. Beside the files lies ``studies.json``: the key of each study, what it is about, and what made it.
+:func:`read` refuses a file whose rows lack evidence.
 
 Chapter: 05, "What happens to a network?"
 """
 
 import csv
 import datetime
+import io
+import json
+import math
 import os
 import platform
 import re
+import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from axmoe_lite import __version__, paths
 from axmoe_lite.datasets import Images
+from axmoe_lite.runs import store
+from axmoe_lite.runs.words import word, words
 
 SCALES = ("quick", "paper")
 EVIDENCE = (
@@ -33,6 +44,7 @@ EVIDENCE = (
     "version",
     "seconds",
 )
+NOTES = "studies.json"
 
 
 def evidence(images: Images | int, *, scale: str, seed: int, epochs: int, device: str = "cpu") -> dict:
@@ -86,50 +98,146 @@ def commit() -> str:
     return f"{name}+" if changed else name
 
 
-def record(study: str, rows: list[dict], *, key: tuple[str, ...]) -> Path:
+def record(study: str, rows: list[dict], *, key: tuple[str, ...], about: str = "", made_by: str = "") -> Path:
     """Write rows of a study to its CSV file, atomically, next to those that are there.
+
+    Any number of processes may record the same study at once. Inside a run, the file is the run's own.
 
     Args:
         study: the file's name without ``.csv``.
         rows: dicts with the same columns, among them all of :data:`EVIDENCE`, all of one scale.
         key: the columns that name a row; a new row replaces an old one with the same key.
+        about: what was measured, a sentence for the ledger; empty leaves what is there.
+        made_by: the command that measures it; empty leaves what is there, or, in a run, is the run.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: for no rows, a missing column, missing evidence, rows of two scales, or columns other
+        ValueError: for no rows, a missing column, missing evidence, rows of two scales, or a key or columns other
             than those of the file. The file is then as it was.
     """
     _check(study, rows, key)
-    path = _file(study, rows[0]["scale"])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = rows[0]["scale"]
+    path = _file(study, scale)
     texts = [{column: _text(value) for column, value in row.items()} for row in rows]
-    old = read(study, scale=rows[0]["scale"])
-    if old and set(old[0]) != set(texts[0]):
-        differ = ", ".join(sorted(set(old[0]) ^ set(texts[0])))
-        raise ValueError(f"{path} has other columns than these rows ({differ}); record under another study's name.")
-    kept = {tuple(row[c] for c in key): row for row in old}
-    kept.update({tuple(row[c] for c in key): row for row in texts})
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    with locked(study, scale):
+        old = _rows(path)
+        if old and set(old[0]) != set(texts[0]):
+            differ = ", ".join(sorted(set(old[0]) ^ set(texts[0])))
+            raise ValueError(f"{path} has other columns than these rows ({differ}); record under another study's name.")
+        kept = {tuple(row[c] for c in key): row for row in old}
+        if len(kept) < len(old):
+            raise ValueError(f"{path} has several rows with the same {', '.join(key)}: this key cannot name its rows.")
+        kept.update({tuple(row[c] for c in key): row for row in texts})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _take_note(path, scale, {"key": list(key), "about": about, "made_by": made_by or _present_command()})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())
-    os.replace(partial, path)
+        store.write_text(path, text.getvalue())
+    if path.parent == paths.results_dir():
+        _renew_ledger()
     return path
 
 
 def read(study: str, *, scale: str = "paper") -> list[dict[str, str]]:
     """The rows of a study, as text; none if it was not recorded at that scale.
 
+    Inside a run: the run's own rows if it has recorded this study, those that all share otherwise.
+
     Raises:
         ValueError: if the file lacks an evidence column or a row leaves one empty.
     """
-    path = _file(study, scale)
+    own = _file(study, scale)
+    return _rows(own if own.exists() else _shared(scale) / own.name)
+
+
+def recorded(study: str, *, scale: str) -> list[dict[str, str]]:
+    """The rows that this run has recorded before it was interrupted, so that it can skip what it knows.
+
+    Outside a run there are none: what others have measured is not to be taken for one's own.
+
+    >>> recorded("resilience_resnet20_digits", scale="quick")
+    []
+    """
+    return _rows(_file(study, scale)) if _run_folder() else []
+
+
+def studies(folder: Path) -> dict[str, dict]:
+    """What is known of the studies in a folder: name -> ``{"key": [columns], "about": "…", "made_by": "…"}``.
+
+    Raises:
+        ValueError: if the file is no JSON.
+    """
+    path = Path(folder) / NOTES
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as reason:
+        raise ValueError(f"{path} is not readable as JSON ({reason}); correct it by hand.") from reason
+
+
+def command(chapter: str, *parameters: dict) -> str:
+    """What to type into a shell to run a chapter with these parameters, once or in all combinations of a sweep.
+
+    Args:
+        chapter: its name.
+        parameters: of each run. Where the runs are no complete grid, the last one is named, and how many there are.
+
+    >>> command("08_learning", {"scale": "quick", "circuits": ["mul8s_1L12", "roba()"]})
+    "axmoe run 08_learning scale=quick 'circuits=[mul8s_1L12,roba()]'"
+    >>> command("05_networks", {"scale": "paper", "seed": 0}, {"scale": "paper", "seed": 1})
+    'axmoe sweep 05_networks scale=paper seed=0,1'
+    """
+    given = {name: dict.fromkeys(word(each.get(name, "")) for each in parameters) for name in parameters[-1]}
+    in_all = math.prod(map(len, given.values()))
+    if in_all == len({tuple(words(each)) for each in parameters}):
+        verb, typed = "run" if in_all == 1 else "sweep", [f"{n}={','.join(all_)}" for n, all_ in given.items()]
+        return shlex.join(["axmoe", verb, chapter, *typed])
+    return f"{command(chapter, parameters[-1])} (the last of {len(parameters)} runs)"
+
+
+def _run_folder() -> Path | None:
+    """Where the run that this process is part of keeps its files; None outside a run."""
+    chosen = os.environ.get("AXMOE_RUN")
+    return Path(chosen) if chosen else None
+
+
+def _present_command() -> str:
+    folder = _run_folder()
+    told = store.read_json(folder / "run.json") if folder else {}
+    return command(told["chapter"], told["parameters"]) if told else ""
+
+
+def _shared(scale: str) -> Path:
+    return paths.results_dir() if scale == "paper" else paths.cache_dir() / "results"
+
+
+def _file(study: str, scale: str) -> Path:
+    folder = _run_folder()
+    return (folder / "rows" / scale if folder else _shared(scale)) / f"{study}.csv"
+
+
+@contextmanager
+def locked(name: str, scale: str) -> Iterator[None]:
+    """Alone among all processes while inside: between reading a file and replacing it, nobody else may do the same.
+
+    Args:
+        name, scale: of what is read and replaced, such as a study.
+    """
+    folder = (_run_folder() or paths.cache_dir()) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.{scale}.lock"):
+        yield
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=2):
         missing = [column for column in EVIDENCE if not row.get(column)]
@@ -138,9 +246,30 @@ def read(study: str, *, scale: str = "paper") -> list[dict[str, str]]:
     return rows
 
 
-def _file(study: str, scale: str) -> Path:
-    folder = paths.results_dir() if scale == "paper" else paths.cache_dir() / "results"
-    return folder / f"{study}.csv"
+def _take_note(path: Path, scale: str, note: dict) -> None:
+    """Set down a study's key once and for all, and the latest of what is told about it."""
+    with locked(NOTES, scale):  # one file for all studies of the folder
+        known = studies(path.parent)
+        old = known.get(path.stem, {})
+        if old and set(old["key"]) != set(note["key"]):
+            raise ValueError(
+                f"The rows of {path} are named by {', '.join(old['key'])}, these by {', '.join(note['key'])}; give the"
+                " same key, or record under another study's name."
+            )
+        known[path.stem] = {
+            **note,
+            **{name: value for name, value in old.items() if name == "key" or not note.get(name)},
+        }
+        if known[path.stem] != old:
+            text = json.dumps(dict(sorted(known.items())), indent=2, ensure_ascii=False) + "\n"
+            store.write_text(path.parent / NOTES, text)
+
+
+def _renew_ledger() -> None:
+    from axmoe_lite.runs.ledger import is_kept, write_ledger
+
+    if is_kept():
+        write_ledger()
 
 
 def _check(study: str, rows: list[dict], key: tuple[str, ...]) -> None:

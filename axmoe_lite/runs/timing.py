@@ -4,9 +4,15 @@ Chapter: 06, "How fast is exact simulation?"
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def turns(

@@ -3,14 +3,21 @@
 Chapter: 08, "Can a network learn its new arithmetic?"
 """
 
+import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from axmoe_lite import paths
 
 SHORT = {"momentum_buffer": "momentum"}  # what an optimiser's state is called in a file
 
@@ -63,6 +70,27 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     # Convolution weights may be channels_last in memory; the file holds them in their logical order.
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def alone(path: Path | str | None) -> Iterator[None]:
+    """No other process trains towards this file meanwhile. The system frees a dead process's lock."""
+    if path is None:
+        yield
+        return
+    name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
+    file = paths.cache_dir() / "locks" / f"{name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        tqdm.write(f"Waiting: another process is training towards {path}.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def suspend(

@@ -80,7 +80,8 @@ def fit(
         evaluate_every: measure top-1 after so many epochs; 0 means never.
         checkpoint: a file written after each epoch. If it exists and was made by the same call, training
             resumes from it (or returns at once if it had finished). With ``{epoch}`` in its name every epoch has
-            its own file, and the latest is resumed from: delete the later ones to go on from an earlier one.
+            its own file, and the latest is resumed from: delete the later ones to go on from an earlier one. Of two
+            processes that train towards one file, the second waits for the first and takes its result.
 
     Returns:
         One dict an epoch: ``epoch``, ``lr``, ``loss``, ``train_accuracy``, ``test_accuracy`` (or None), ``seconds``.
@@ -122,10 +123,29 @@ def fit(
     images = images.to(device)
     check_fits(model, images)
     stepper = _optimiser(model, optimiser, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    all_settings = {"clip_norm": clip_norm, "balance": balance, **settings}
+    options = {"evaluate_every": evaluate_every, "checkpoint": checkpoint, "progress": progress}
+    with checkpoints.alone(checkpoint):
+        return _epochs(model, images, stepper, settings, all_settings, **options)
+
+
+def _epochs(
+    model: nn.Module,
+    images: Images,
+    stepper: torch.optim.Optimizer,
+    settings: dict,
+    all_settings: dict,
+    *,
+    evaluate_every: int,
+    checkpoint: Path | str | None,
+    progress: bool,
+) -> list[dict]:
+    """The epochs that a checkpoint does not hold yet; ``settings`` are those that it names."""
+    epochs, seed = settings["epochs"], settings["seed"]
     history: list[dict] = []
     if checkpoint is not None and (latest := _latest(checkpoint, epochs)) is not None:
         history = checkpoints.resume(latest, model, stepper, settings)
-    steps_per_epoch = math.ceil(len(images.x_train) / batch_size)
+    steps_per_epoch = math.ceil(len(images.x_train) / settings["batch_size"])
 
     bar = tqdm(total=epochs, initial=len(history), desc="fit", unit="epoch", disable=not progress)
     for epoch in range(len(history) + 1, epochs + 1):
@@ -138,8 +158,8 @@ def fit(
                 generator=torch.Generator().manual_seed(seed * 100_003 + epoch),
                 first_step=(epoch - 1) * steps_per_epoch,
                 steps=epochs * steps_per_epoch,
-                warmup=round(warmup_epochs * steps_per_epoch),
-                settings={"clip_norm": clip_norm, "balance": balance, **settings},
+                warmup=round(settings["warmup_epochs"] * steps_per_epoch),
+                settings=all_settings,
             )
         except FloatingPointError as reason:
             model.load_state_dict(before)
