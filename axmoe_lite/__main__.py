@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"axmoe {chosen.command}: {wrong}", file=sys.stderr)
         return 2 if isinstance(wrong, ValueError) else 1
     except KeyboardInterrupt:
-        print(f"\naxmoe {chosen.command}: interrupted; what has finished is kept, the same command goes on.", file=sys.stderr)
+        print(
+            f"\naxmoe {chosen.command}: interrupted; what has finished is kept, the same command goes on.",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -64,10 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("chapters", nargs="*", help="only of these")
     collect.add_argument("--current", action="store_true", help="only of runs by the code as it is now")
     collect.add_argument("--keep-newest", action="store_true", help="of rows measured twice with one result, the later")
-    collect.add_argument("--publish", action="store_true", help="rows of scale 'paper' into data/results, and the ledger")
+    collect.add_argument(
+        "--publish", action="store_true", help="rows of scale 'paper' into data/results, and the ledger"
+    )
     collect.add_argument("--to", type=Path, help="the table's file, without its ending (default: data/runs/collected)")
     compare = command("compare", "two sets of results side by side, paired by what they were measured on")
-    compare.add_argument("a", metavar="A", help="a study, or a CSV or Parquet file; NAME:column=value,... for some rows")
+    compare.add_argument(
+        "a", metavar="A", help="a study, or a CSV or Parquet file; NAME:column=value,... for some rows"
+    )
     compare.add_argument("b", metavar="B", help="the same")
     compare.add_argument("--by", default="", help="columns that pair the rows (default: the study's key)")
     compare.add_argument("--values", default="", help="columns to compare (default: top1, or all that were measured)")
@@ -100,7 +107,9 @@ def _run(chosen: argparse.Namespace) -> int:
     given = runs.parse(known, chosen.parameters)
     several = [name for name, values in given.items() if len(values) > 1]
     if several and chosen.command == "run":
-        raise ValueError(f"{several[0]} has {len(given[several[0]])} values; 'axmoe sweep' takes several, 'axmoe run' one.")
+        raise ValueError(
+            f"{several[0]} has {len(given[several[0]])} values; 'axmoe sweep' takes several, 'axmoe run' one."
+        )
     outcomes = runs.sweep(
         chosen.chapter,
         given,
@@ -117,7 +126,7 @@ def _run(chosen: argparse.Namespace) -> int:
         (only,) = outcomes
         print(only["folder"] / ("notebook.ipynb" if only["state"] == "finished" else "error.txt"))
     else:
-        print(f"Each is in a folder of its own in {outcomes[0]['folder'].parent}; 'axmoe collect' makes one table of their rows.")
+        print(f"Each has its folder in {outcomes[0]['folder'].parent}; 'axmoe collect' makes one table of their rows.")
     return 0 if all(outcome["state"] == "finished" for outcome in outcomes) else 1
 
 

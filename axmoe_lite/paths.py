@@ -24,7 +24,7 @@ def cache_dir() -> Path:
 
 
 def runs_dir() -> Path:
-    """One folder a run of a chapter: its notebook, its rows, its outcome. Ignored by git; `axmoe collect` reads them."""
+    """One folder a run of a chapter, with its notebook, rows and outcome. Ignored by git; ``axmoe collect`` reads."""
     return home() / "data" / "runs"
 
 

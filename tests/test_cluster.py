@@ -28,7 +28,9 @@ def start(*command: str, **environment: str) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen) -> None:
     """With its nanny's worker, but not what the worker started: that has to notice by itself."""
-    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "child.py" not in " ".join(p.cmdline())]
+    family = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "child.py" not in " ".join(p.cmdline())
+    ]
     for member in [p for p in family if "ipykernel" not in " ".join(p.cmdline())]:
         member.kill()
     process.kill()
@@ -42,7 +44,9 @@ def cluster(tmp_path):
     trace = tmp_path / "trace"
     trace.touch()
     file = tmp_path / "scheduler.json"
-    processes = [start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))]
+    processes = [
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+    ]
     wait_for(file.exists)
     wait_for(lambda: store.read_json(file).get("address"))
     address = store.read_json(file)["address"]
@@ -91,7 +95,7 @@ def test_a_worker_is_killed_and_every_run_finishes_once(cluster, toy, elsewhere,
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_scheduler_is_killed_and_what_has_finished_stays(cluster, toy, elsewhere):
-    address, (scheduler, *_), trace = cluster
+    address, (scheduler, *_), _ = cluster
     path = toy("n = 0", SLOW)
     command = [sys.executable, "-m", "axmoe_lite", "sweep", str(path), "n=0..9", "--scheduler", address]
     sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

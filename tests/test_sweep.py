@@ -68,7 +68,9 @@ def test_failures_are_kept_and_retried_on_request(toy, elsewhere):
     assert [o["state"] for o in outcomes] == ["finished", "failed"]
     assert "ZeroDivisionError: division by zero" in outcomes[1]["reason"]
     assert "1 / 0" in (outcomes[1]["folder"] / "error.txt").read_text()
-    assert (outcomes[1]["folder"] / "executing.ipynb").exists() and not (outcomes[1]["folder"] / "notebook.ipynb").exists()
+    assert (outcomes[1]["folder"] / "executing.ipynb").exists() and not (
+        outcomes[1]["folder"] / "notebook.ipynb"
+    ).exists()
     assert "1 failed (1 before: --retry" in runs.summary(runs.sweep(path, {"n": [0, 1]}, progress=False))
     assert len(traced(elsewhere)) == 2, "a failed run is not run again unasked"
     assert runs.run(path, {"n": 1}, retry=True, progress=False)["attempts"] == 2

@@ -15,9 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from axmoe_lite import runs
-from axmoe_lite.runs import cores
 from axmoe_lite.bench.cases import FLOAT32, FROZEN, NAIVE, PREPARED, SEED, Case, _table
 from axmoe_lite.factors import factorise
+from axmoe_lite.runs import cores
 
 KEY = ("device", "case", "axis", "column")
 SERIES = ("scaling", "peak")  # groups whose rows go to speed_scaling.csv, the others' to speed_cases.csv

@@ -8,8 +8,9 @@
     learning       what training sees of a product, and what it gives back
     speed          what simulating it costs
     cost           what an answer costs in each topology, and what accuracy it buys
+    runs           which run was at work when
 
-Chapters: 01 to 09.
+Chapters: 01 to 10.
 """
 
 from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
@@ -34,6 +35,7 @@ from axmoe_lite.plots.multipliers import (
     proxy_check,
 )
 from axmoe_lite.plots.networks import learning_curve, resilience
+from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.speed import speed_bars, speed_scaling
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
 
@@ -69,5 +71,6 @@ __all__ = [
     "straight_through",
     "sum_errors",
     "theme",
+    "timeline",
     "who_answers",
 ]

@@ -1,9 +1,9 @@
-"""One notebook, executed in a process of its own. A script that imports nothing of ours: torch alone would cost each run seconds.
+"""One notebook, executed in a process of its own; a script that imports nothing of ours, since torch costs seconds.
 
     python child.py FOLDER
 
-FOLDER holds ``source.ipynb`` and ``work.json`` (see :mod:`axmoe_lite.runs.execute`, which starts this and watches it). Its
-standard input is a pipe from whoever started it: when that ends, however it ends, so does this, and its kernel.
+FOLDER holds ``source.ipynb`` and ``work.json``; :mod:`axmoe_lite.runs.execute` starts this and watches it. Its input
+is a pipe from whoever started it: when that ends, however it ends, so does this, and its kernel.
 
 Chapter: 10, "Can a hundred runs be trusted?"
 """
@@ -36,7 +36,7 @@ def main(folder: Path) -> int:
 
 
 def _execute(folder: Path, work: dict) -> dict:
-    # jsonschema, if it finds this, parses a grammar of web addresses at every start, 1.2 s, to check what no notebook has.
+    # jsonschema, if it finds this, parses a grammar of web addresses at each start: 1.2 s, for what no notebook has.
     sys.modules["rfc3987_syntax"] = None
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -80,7 +80,7 @@ def _execute(folder: Path, work: dict) -> dict:
 
 
 def _die_with_parent(sockets: str) -> None:
-    """Wait for the pipe to end; then take the kernel along, so that no orphan works on in a folder that is run again."""
+    """Wait for the pipe to end; then end the kernel too, so that no orphan works on in a folder that is run again."""
     while os.read(0, 1):
         pass
     import psutil
@@ -101,7 +101,7 @@ def _first_line(text: str) -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def _write(path: Path, text: str) -> None:

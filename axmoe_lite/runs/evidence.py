@@ -20,6 +20,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -200,9 +201,22 @@ def command(chapter: str, *parameters: dict) -> str:
     return f"{command(chapter, parameters[-1])} (the last of {len(parameters)} runs)"
 
 
+_inside: ContextVar[Path | None] = ContextVar("inside", default=None)
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """What this thread records belongs to the run of that folder meanwhile."""
+    before = _inside.set(folder)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
+
 def _run_folder() -> Path | None:
     """Where the run that this process is part of keeps its files; None outside a run."""
-    chosen = os.environ.get("AXMOE_RUN")
+    chosen = _inside.get() or os.environ.get("AXMOE_RUN")
     return Path(chosen) if chosen else None
 
 

@@ -1,4 +1,4 @@
-"""One run from its folder to its outcome: a process of its own, watched, with its threads, its time and its memory limited.
+"""One run from its folder to its outcome: a process of its own, watched, its threads, time and memory limited.
 
 :func:`perform` is what a sweep calls here, in a thread, or on a Dask worker anywhere. It is safe to call twice for one
 run, at once or after a crash: a finished run returns its outcome, and two at work on one folder take turns.
@@ -8,6 +8,8 @@ Chapter: 10, "Can a hundred runs be trusted?"
 
 import base64
 import contextlib
+import datetime
+import functools
 import os
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from axmoe_lite import paths
 from axmoe_lite.runs import store
+from axmoe_lite.runs.evidence import evidence, inside, record
 from axmoe_lite.runs.store import Run
 
 POLL_SECONDS = 0.2
@@ -219,18 +222,21 @@ def _conclude(work: Work, child: subprocess.Popen, reason: str, *, seconds: floa
             reason = f"its process ended by itself ({_how(child.returncode)}) without an outcome"
         tail = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
         store.write_text(run.folder / "error.txt", f"{reason}\n\n{tail}")
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        ended = {
-            "state": "failed",
-            "reason": reason,
-            "seconds": round(seconds, 3),
-            "started": "",
-            "ended": now,
-            "host": socket.gethostname(),
-            "attempts": store.attempts(run),
-            "sweep": work.sweep,
-        }
+        ended = _ended(work, reason, seconds=seconds)
     store.write_json(run.folder / "outcome.json", {**ended, "peak_mb": round(peak_mb)})
+
+
+def _ended(work: Work, reason: str, *, seconds: float) -> dict:
+    return {
+        "state": "failed" if reason else "finished",
+        "reason": reason,
+        "seconds": round(seconds, 3),
+        "started": "",
+        "ended": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
+        "host": socket.gethostname(),
+        "attempts": store.attempts(work.run),
+        "sweep": work.sweep,
+    }
 
 
 def _how(status: int) -> str:
@@ -296,15 +302,21 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def pretend(work: Work) -> dict:
-    """A run that does nothing but leave its folder and an outcome: what a sweep costs by itself.
+# ---------------------------------------------------------------------------------- no run at all
 
-    It records one row, so that there is something to collect.
-    """
-    run = work.run
+
+def pretend(work: Work) -> dict:
+    """A run that does nothing but record its parameters as one row: what a sweep costs by itself."""
+    run, clock = work.run, time.perf_counter()
     store.begin(run, notebook=work.notebook, made_by=work.made_by)
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    ended = {"state": "finished", "reason": "", "seconds": 0.0, "started": now, "ended": now}
-    ended |= {"host": socket.gethostname(), "attempts": 1, "sweep": work.sweep, "peak_mb": 0}
-    store.write_json(run.folder / "outcome.json", ended)
-    return ended
+    with inside(run.folder):
+        row = {**run.parameters, "seconds": 0.0, **_origin()}
+        record(f"pretended_{run.chapter}", [row], key=tuple(run.parameters))
+    ended = _ended(work, "", seconds=time.perf_counter() - clock)
+    store.write_json(run.folder / "outcome.json", {**ended, "started": ended["ended"], "peak_mb": 0})
+    return store.outcome(run)
+
+
+@functools.cache
+def _origin() -> dict:
+    return evidence(0, scale="quick", seed=0, epochs=0)  # asks git once, not ten thousand times

@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -259,41 +261,40 @@ def _check_workers(client: Any, package: str) -> None:
 
 
 def _through(client: Any, works: list[Work], perform: Callable[[Work], dict]) -> Iterator[tuple[Work, dict]]:
-    """Hand out the work a window at a time, so that ten thousand runs cost the scheduler no more than a few."""
+    """Hand out as many runs as there are threads to do them: more would wait behind a long one while others idle."""
     from distributed import as_completed
 
     waiting, at = iter(works), {}
-    done = as_completed([], loop=client.loop)
+    done = as_completed([], loop=client.loop, with_results=True, raise_errors=False)
+    slots, asked = 0, -math.inf
 
     def refill() -> None:
-        workers = client.scheduler_info(n_workers=-1).get("workers", {})  # some may have come, or gone
-        room = max(8, 3 * sum(worker["nthreads"] for worker in workers.values())) - len(at)
-        for work in itertools.islice(waiting, room):
+        nonlocal slots, asked
+        if time.monotonic() - asked > 1:  # workers may have come, or gone
+            workers = client.scheduler_info(n_workers=-1).get("workers", {})
+            slots, asked = sum(worker["nthreads"] for worker in workers.values()), time.monotonic()
+        for work in itertools.islice(waiting, max(0, max(1, slots) - len(at))):
             future = client.submit(perform, work, key=f"{work.run.id}-{work.sweep}", pure=False)
             at[future.key] = work
             done.add(future)
 
     refill()
-    for future in done:
+    for future, result in done:
         work = at.pop(future.key)
-        yield work, _gathered(future, work)
+        yield work, execute.unpack(work, result) if future.status == "finished" else _lost(work, result)
         future.release()
         if client.status != "running":
             break
-        if len(at) < 8 or len(at) % 8 == 0:
-            refill()
+        refill()
     for work in [*at.values(), *waiting]:  # none, unless the scheduler is lost
-        yield work, store.outcome(work.run) or {"state": "not run", "reason": "the scheduler was lost"}
+        yield work, _lost(work, ConnectionError("the scheduler was lost"))
 
 
-def _gathered(future: Any, work: Work) -> dict:
-    """The outcome of a run that a worker did; of one whose workers died, or who could not do it, why not."""
-    try:
-        return execute.unpack(work, future.result())
-    except Exception as reason:  # KilledWorker, CancelledError (a lost scheduler), an error of perform itself
-        ended = store.outcome(work.run)
-        told = str(reason).strip().splitlines() or [""]
-        return ended or {"state": "not run", "reason": f"{type(reason).__name__}: {told[0]}"}
+def _lost(work: Work, reason: object) -> dict:
+    """What to say of a run whose worker died (KilledWorker), whose scheduler did, or that raised an error of ours."""
+    error = reason[1] if isinstance(reason, tuple) else reason  # Dask hands errors over as sys.exc_info() does
+    told = (str(error).strip().splitlines() or [""])[0]
+    return store.outcome(work.run) or {"state": "not run", "reason": f"{type(error).__name__}: {told}"}
 
 
 def _check_numbers(*, workers: int, threads: int, minutes: float, memory_gb: float) -> None:
