@@ -1,11 +1,10 @@
 """Fixtures that several test files share."""
 
-import json
-
 import pytest
 import torch
 
 from axmoe_lite import datasets
+from axmoe_lite.runs import rehearsal
 
 
 @pytest.fixture
@@ -32,20 +31,4 @@ def elsewhere(tmp_path, monkeypatch):
 def toy(tmp_path):
     """toy(*cells, name=): the path of a small notebook whose first cell holds the parameters."""
 
-    def write(*cells: str, name: str = "toy"):
-        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        blank = {"cell_type": "code", "outputs": [], "execution_count": None}
-        content = {
-            "cells": [
-                {**blank, "id": f"c{i}", "metadata": {"tags": ["parameters"]} if i == 0 else {}, "source": cell}
-                for i, cell in enumerate(cells)
-            ],
-            "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-            "nbformat": 4,
-            "nbformat_minor": 5,
-        }
-        path = tmp_path / f"{name}.ipynb"
-        path.write_text(json.dumps(content))
-        return path
-
-    return write
+    return lambda *cells, name="toy": rehearsal.notebook(tmp_path / f"{name}.ipynb", *cells)

@@ -276,6 +276,6 @@ def test_a_scheduler_that_is_not_there(toy, elsewhere, monkeypatch, capsys):
 
 def test_ten_thousand_runs_that_do_nothing(elsewhere, toy):
     path = toy("n = 0", "1")
-    outcomes = runs.sweep(path, {"n": list(range(1000))}, workers=2, perform=execute.pretend, progress=False)
+    outcomes = runs.sweep(path, {"n": list(range(1000))}, workers=2, perform=runs.pretend, progress=False)
     assert len({o["run"] for o in outcomes}) == 1000 and all(o["state"] == "finished" for o in outcomes)
     assert len(list(store.all_runs())) == 1000 and not list(paths.runs_dir().glob(".sweep-*"))

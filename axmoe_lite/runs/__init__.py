@@ -10,6 +10,7 @@
     collect      one table of all runs (tables: the columns' side of it)
     compare      two sets of results, paired
     ledger       data/README.md, from the files themselves
+    rehearsal    small notebooks to try all this on, and what it costs
     timing       seconds that can be compared
 
 Chapter: 10, "Can a hundred runs be trusted?"
@@ -18,10 +19,11 @@ Chapter: 10, "Can a hundred runs be trusted?"
 from axmoe_lite.runs.collect import Collected, collect
 from axmoe_lite.runs.compare import Comparison, compare, table
 from axmoe_lite.runs.evidence import EVIDENCE, SCALES, commit, device_name, evidence, read, record, recorded
-from axmoe_lite.runs.execute import Work, perform, pretend
+from axmoe_lite.runs.execute import Work, perform
 from axmoe_lite.runs.ledger import ledger, write_ledger
 from axmoe_lite.runs.notebooks import chapters, find
 from axmoe_lite.runs.parameters import Parameter, check, check_parameters, grid, listing, parameters, parse
+from axmoe_lite.runs.rehearsal import pretend
 from axmoe_lite.runs.store import STATES, Run, all_runs, outcome, scratch
 from axmoe_lite.runs.sweep import perform_all, plan, run, summary, sweep
 from axmoe_lite.runs.timing import cores, interleaved, turns

@@ -9,7 +9,6 @@ Chapter: 10, "Can a hundred runs be trusted?"
 import base64
 import contextlib
 import datetime
-import functools
 import os
 import socket
 import subprocess
@@ -23,7 +22,6 @@ from pathlib import Path
 
 from axmoe_lite import paths
 from axmoe_lite.runs import store
-from axmoe_lite.runs.evidence import evidence, inside, record
 from axmoe_lite.runs.store import Run
 
 POLL_SECONDS = 0.2
@@ -222,11 +220,12 @@ def _conclude(work: Work, child: subprocess.Popen, reason: str, *, seconds: floa
             reason = f"its process ended by itself ({_how(child.returncode)}) without an outcome"
         tail = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
         store.write_text(run.folder / "error.txt", f"{reason}\n\n{tail}")
-        ended = _ended(work, reason, seconds=seconds)
+        ended = conclusion(work, reason, seconds=seconds)
     store.write_json(run.folder / "outcome.json", {**ended, "peak_mb": round(peak_mb)})
 
 
-def _ended(work: Work, reason: str, *, seconds: float) -> dict:
+def conclusion(work: Work, reason: str, *, seconds: float) -> dict:
+    """An outcome: failed for a reason, or finished if that is ""."""
     return {
         "state": "failed" if reason else "finished",
         "reason": reason,
@@ -300,23 +299,3 @@ def _gpus() -> list[str]:
     if shown is not None:
         return [name.strip() for name in shown.split(",") if name.strip()]
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-# ---------------------------------------------------------------------------------- no run at all
-
-
-def pretend(work: Work) -> dict:
-    """A run that does nothing but record its parameters as one row: what a sweep costs by itself."""
-    run, clock = work.run, time.perf_counter()
-    store.begin(run, notebook=work.notebook, made_by=work.made_by)
-    with inside(run.folder):
-        row = {**run.parameters, "seconds": 0.0, **_origin()}
-        record(f"pretended_{run.chapter}", [row], key=tuple(run.parameters))
-    ended = _ended(work, "", seconds=time.perf_counter() - clock)
-    store.write_json(run.folder / "outcome.json", {**ended, "started": ended["ended"], "peak_mb": 0})
-    return store.outcome(run)
-
-
-@functools.cache
-def _origin() -> dict:
-    return evidence(0, scale="quick", seed=0, epochs=0)  # asks git once, not ten thousand times
