@@ -248,7 +248,8 @@ def _products() -> list[Finding]:
     """Multiply on every path, and compare with the law."""
     import torch
 
-    from axmoe_lite import EVOAPPROX, kernels, multiplier
+    from axmoe_lite import kernels
+    from axmoe_lite.multipliers import EVOAPPROX, multiplier
 
     with warnings.catch_warnings(record=True) as said:  # the kernels say, once, what they do not trust
         warnings.simplefilter("always")
