@@ -224,7 +224,7 @@ def page(present: dict, executed: dict, *, changed: dict) -> dict | None:
 def _same_code(a: dict, b: dict) -> bool:
     if "parameters" in _tags(a) or "parameters" in _tags(b):
         return _tags(a) == _tags(b)  # their values are the run's
-    return store._bare("".join(a["source"])) == store._bare("".join(b["source"]))
+    return store.bare_code("".join(a["source"])) == store.bare_code("".join(b["source"]))
 
 
 def _for_a_page(output: dict) -> dict:

@@ -64,7 +64,7 @@ def test_papermill_prints_a_help_for_every_parameter():
 
 def test_chapters_are_in_reading_order():
     numbers = [int(path.stem[:2]) for path in chapters()]
-    assert numbers == list(range(1, 10))
+    assert numbers == list(range(1, len(chapters()) + 1)) and len(numbers) >= 10
     listed = [entry["file"] for entry in yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())["chapters"]]
     assert [path.stem for path in chapters()] == [name for name in listed if name[0].isdigit()]
 

@@ -147,7 +147,7 @@ def source_digest(notebook: Path | str) -> str:
         for cell in cells
         if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
     ]
-    return _digest(package_digest(), *map(_bare, code))
+    return _digest(package_digest(), *map(bare_code, code))
 
 
 def package_digest() -> str:
@@ -165,11 +165,11 @@ def _code_of(file: Path) -> str:
     seen = file.stat()
     stamp = (seen.st_mtime_ns, seen.st_size)
     if _known.get(file, ((0, 0), ""))[0] != stamp:
-        _known[file] = (stamp, _digest(_bare(file.read_text(encoding="utf-8"))))
+        _known[file] = (stamp, _digest(bare_code(file.read_text(encoding="utf-8"))))
     return _known[file][1]
 
 
-def _bare(code: str) -> str:
+def bare_code(code: str) -> str:
     """Code without docstrings, comments and layout; as it is, if Python cannot read it (a notebook's ``%magic``)."""
     try:
         tree = ast.parse(code)
