@@ -146,7 +146,7 @@ kept = pathlib.Path(os.environ["AXMOE_RUN"], "scratch"); kept.mkdir(exist_ok=Tru
 state = json.loads((kept / "state").read_text()) if (kept / "state").exists() else []
 while len(state) < {STEPS}:
     state.append((len(state) + 1) * (state[-1] if state else n) % 1_000_003)
-    time.sleep(0.05)
+    time.sleep(0.15)
     with trace.open("a") as f: print("step", len(state), file=f)
     (kept / "partial").write_text(json.dumps(state)); os.replace(kept / "partial", kept / "state")
 print(state[-1])
@@ -167,7 +167,7 @@ def test_killed_again_and_again_it_loses_no_finished_step(toy, elsewhere):
         before = len(traced(elsewhere)) if (elsewhere / "trace").exists() else 0
         process = sweep_process(elsewhere, path, "n=5,7")
         try:
-            said, _ = process.communicate(timeout=chance.uniform(1.0, 8.0) if kills < 10 else 120)
+            said, _ = process.communicate(timeout=chance.uniform(1.0, 5.0) if kills < 10 else 120)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)  # no warning, no clean-up
@@ -274,7 +274,7 @@ def test_a_scheduler_that_is_not_there(toy, elsewhere, monkeypatch, capsys):
     assert "No Dask scheduler answers at 'tcp://127.0.0.1:1'" in capsys.readouterr().err
 
 
-def test_ten_thousand_runs_that_do_nothing(elsewhere, toy):
+def test_a_thousand_runs_that_do_nothing(elsewhere, toy):
     path = toy("n = 0", "1")
     outcomes = runs.sweep(path, {"n": list(range(1000))}, workers=2, perform=runs.pretend, progress=False)
     assert len({o["run"] for o in outcomes}) == 1000 and all(o["state"] == "finished" for o in outcomes)
