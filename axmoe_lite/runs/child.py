@@ -46,7 +46,7 @@ def _execute(folder: Path, work: dict) -> dict:
     if work["sockets"]:  # two kernels that start at one moment may be given the same port; files are each kernel's own
         options["config"] = Config({"ConnectionFileMixin": {"transport": "ipc", "ip": f"{work['sockets']}/k"}})
     started, clock, reason = _now(), time.perf_counter(), ""
-    n_cells = len(json.loads((folder / "source.ipynb").read_text(encoding="utf-8"))["cells"])
+    n_cells = len(json.loads((folder / "source.ipynb").read_text(encoding="utf-8"))["cells"]) + bool(work["parameters"])
     try:
         papermill.execute_notebook(
             str(folder / "source.ipynb"),
