@@ -10,7 +10,7 @@ import pytest
 
 from axmoe_lite import paths, runs
 from axmoe_lite.runs import Run, collect, store
-from axmoe_lite.runs.evidence import studies
+from axmoe_lite.runs.notes import studies
 from axmoe_lite.runs.tables import codes_of
 
 KEY = ("multiplier", "seed")

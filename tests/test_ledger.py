@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from axmoe_lite import paths, runs
-from axmoe_lite.runs.evidence import studies
 from axmoe_lite.runs.ledger import BEGIN, END, is_kept, ledger, write_ledger
+from axmoe_lite.runs.notes import studies
 from axmoe_lite.train import save
 
 KEY = ("multiplier", "seed")

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from axmoe_lite import EVOAPPROX, multiplier, paths, runs
-from axmoe_lite.runs.evidence import command, recorded, studies
+from axmoe_lite.runs.evidence import command, recorded
+from axmoe_lite.runs.notes import studies
 
 ROW = {"multiplier": "mul8s_1L2J", "top1": 0.123456789, "seconds": 1.5}
 KEY = ("multiplier", "seed")

@@ -7,6 +7,7 @@
     execute      one run: a process of its own, watched (child.py is what runs there)
     sweep        many runs, here or on many machines
     evidence     where a number comes from; the only writer of results
+    notes        what names the rows of a study, and what it is about
     collect      one table of all runs (tables: the columns' side of it)
     compare      two sets of results, paired
     ledger       data/README.md, from the files themselves

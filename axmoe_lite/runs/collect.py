@@ -22,7 +22,8 @@ import numpy as np
 
 from axmoe_lite import paths
 from axmoe_lite.runs import store
-from axmoe_lite.runs.evidence import EVIDENCE, NOTES, command, read, record, studies
+from axmoe_lite.runs.evidence import EVIDENCE, command, read, record
+from axmoe_lite.runs.notes import NOTES, studies
 from axmoe_lite.runs.store import Run
 from axmoe_lite.runs.tables import codes_of, read_text, typed, unite, write_table
 

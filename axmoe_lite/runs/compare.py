@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from axmoe_lite import paths
-from axmoe_lite.runs.evidence import EVIDENCE, studies
+from axmoe_lite.runs.evidence import EVIDENCE
+from axmoe_lite.runs.notes import studies
 from axmoe_lite.runs.tables import decoded, read_text, typed
 
 if TYPE_CHECKING:

@@ -11,24 +11,20 @@ Chapter: 05, "What happens to a network?"
 import csv
 import datetime
 import io
-import json
 import math
-import os
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from axmoe_lite import __version__, paths
 from axmoe_lite.datasets import Images
 from axmoe_lite.runs import store
+from axmoe_lite.runs.ledger import is_kept, write_ledger
+from axmoe_lite.runs.notes import locked, take_note
 from axmoe_lite.runs.words import word, words
 
 SCALES = ("quick", "paper")
@@ -45,7 +41,6 @@ EVIDENCE = (
     "version",
     "seconds",
 )
-NOTES = "studies.json"
 
 
 def evidence(images: Images | int, *, scale: str, seed: int, epochs: int, device: str = "cpu") -> dict:
@@ -132,14 +127,14 @@ def record(study: str, rows: list[dict], *, key: tuple[str, ...], about: str = "
             raise ValueError(f"{path} has several rows with the same {', '.join(key)}: this key cannot name its rows.")
         kept.update({tuple(row[c] for c in key): row for row in texts})
         path.parent.mkdir(parents=True, exist_ok=True)
-        _take_note(path, scale, {"key": list(key), "about": about, "made_by": made_by or _present_command()})
+        take_note(path, scale, {"key": list(key), "about": about, "made_by": made_by or _present_command()})
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())
         store.write_text(path, text.getvalue())
-    if path.parent == paths.results_dir():
-        _renew_ledger()
+    if path.parent == paths.results_dir() and is_kept():
+        write_ledger()
     return path
 
 
@@ -163,22 +158,7 @@ def recorded(study: str, *, scale: str) -> list[dict[str, str]]:
     >>> recorded("resilience_resnet20_digits", scale="quick")
     []
     """
-    return _rows(_file(study, scale)) if _run_folder() else []
-
-
-def studies(folder: Path) -> dict[str, dict]:
-    """What is known of the studies in a folder: name -> ``{"key": [columns], "about": "…", "made_by": "…"}``.
-
-    Raises:
-        ValueError: if the file is no JSON.
-    """
-    path = Path(folder) / NOTES
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise ValueError(f"{path} is not readable as JSON ({reason}); correct it by hand.") from reason
+    return _rows(_file(study, scale)) if store.present_folder() else []
 
 
 def command(chapter: str, *parameters: dict) -> str:
@@ -201,27 +181,8 @@ def command(chapter: str, *parameters: dict) -> str:
     return f"{command(chapter, parameters[-1])} (the last of {len(parameters)} runs)"
 
 
-_inside: ContextVar[Path | None] = ContextVar("inside", default=None)
-
-
-@contextmanager
-def inside(folder: Path) -> Iterator[None]:
-    """What this thread records belongs to the run of that folder meanwhile."""
-    before = _inside.set(folder)
-    try:
-        yield
-    finally:
-        _inside.reset(before)
-
-
-def _run_folder() -> Path | None:
-    """Where the run that this process is part of keeps its files; None outside a run."""
-    chosen = _inside.get() or os.environ.get("AXMOE_RUN")
-    return Path(chosen) if chosen else None
-
-
 def _present_command() -> str:
-    folder = _run_folder()
+    folder = store.present_folder()
     told = store.read_json(folder / "run.json") if folder else {}
     return command(told["chapter"], told["parameters"]) if told else ""
 
@@ -231,21 +192,8 @@ def _shared(scale: str) -> Path:
 
 
 def _file(study: str, scale: str) -> Path:
-    folder = _run_folder()
+    folder = store.present_folder()
     return (folder / "rows" / scale if folder else _shared(scale)) / f"{study}.csv"
-
-
-@contextmanager
-def locked(name: str, scale: str) -> Iterator[None]:
-    """Alone among all processes while inside: between reading a file and replacing it, nobody else may do the same.
-
-    Args:
-        name, scale: of what is read and replaced, such as a study.
-    """
-    folder = (_run_folder() or paths.cache_dir()) / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.{scale}.lock"):
-        yield
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -258,32 +206,6 @@ def _rows(path: Path) -> list[dict[str, str]]:
         if missing:
             raise ValueError(f"{path}, line {number}: no {', '.join(missing)}; every row needs its evidence.")
     return rows
-
-
-def _take_note(path: Path, scale: str, note: dict) -> None:
-    """Set down a study's key once and for all, and the latest of what is told about it."""
-    with locked(NOTES, scale):  # one file for all studies of the folder
-        known = studies(path.parent)
-        old = known.get(path.stem, {})
-        if old and set(old["key"]) != set(note["key"]):
-            raise ValueError(
-                f"The rows of {path} are named by {', '.join(old['key'])}, these by {', '.join(note['key'])}; give the"
-                " same key, or record under another study's name."
-            )
-        known[path.stem] = {
-            **note,
-            **{name: value for name, value in old.items() if name == "key" or not note.get(name)},
-        }
-        if known[path.stem] != old:
-            text = json.dumps(dict(sorted(known.items())), indent=2, ensure_ascii=False) + "\n"
-            store.write_text(path.parent / NOTES, text)
-
-
-def _renew_ledger() -> None:
-    from axmoe_lite.runs.ledger import is_kept, write_ledger
-
-    if is_kept():
-        write_ledger()
 
 
 def _check(study: str, rows: list[dict], key: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from axmoe_lite import paths
 from axmoe_lite.runs import store
-from axmoe_lite.runs.evidence import locked, studies
+from axmoe_lite.runs.notes import locked, studies
 
 BEGIN = "<!-- ledger: begin (generated; edit the about texts in results/studies.json) -->"
 END = "<!-- ledger: end -->"

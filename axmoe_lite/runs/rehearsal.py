@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from axmoe_lite.runs import store
-from axmoe_lite.runs.evidence import evidence, inside, record
+from axmoe_lite.runs.evidence import evidence, record
 from axmoe_lite.runs.execute import Work, conclusion
 from axmoe_lite.runs.sweep import sweep
 
@@ -130,7 +130,7 @@ def pretend(work: Work) -> dict:
     """A run that does nothing but record its parameters as one row: what a sweep costs by itself."""
     run, clock = work.run, time.perf_counter()
     store.begin(run, notebook=work.notebook, made_by=work.made_by)
-    with inside(run.folder):
+    with store.inside(run.folder):
         row = {**run.parameters, "seconds": 0.0, **_origin()}
         record(f"pretended_{run.chapter}", [row], key=tuple(run.parameters))
     ended = conclusion(work, "", seconds=time.perf_counter() - clock)

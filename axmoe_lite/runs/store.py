@@ -21,6 +21,8 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +118,25 @@ def attempts(run: Run) -> int:
     return 1 + len(list(run.folder.glob("outcome-*.json")))
 
 
+_inside: ContextVar[Path | None] = ContextVar("inside", default=None)
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """What this thread records belongs to the run of that folder meanwhile."""
+    before = _inside.set(folder)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
+
+def present_folder() -> Path | None:
+    """Where the run that this process is part of keeps its files; None outside a run."""
+    chosen = _inside.get() or os.environ.get("AXMOE_RUN")
+    return Path(chosen) if chosen else None
+
+
 def scratch(scale: str) -> Path | None:
     """Where a chapter keeps half-finished work, so that it resumes if it is interrupted. None: nowhere.
 
@@ -127,7 +148,7 @@ def scratch(scale: str) -> Path | None:
     """
     if scale == "paper":
         return paths.cache_dir()
-    return Path(folder) / "scratch" if (folder := os.environ.get("AXMOE_RUN")) else None
+    return folder / "scratch" if (folder := present_folder()) else None
 
 
 # ---------------------------------------------------------------------------------- what a run's code is
