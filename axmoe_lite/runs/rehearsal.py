@@ -16,6 +16,7 @@ from axmoe_lite.runs import store
 from axmoe_lite.runs.evidence import evidence, record
 from axmoe_lite.runs.execute import Work, conclusion
 from axmoe_lite.runs.sweep import sweep
+from axmoe_lite.runs.words import words as as_words
 
 COUNTING = """
 import json, os, time
@@ -91,7 +92,7 @@ def kill_sweep(path: Path, *words: str, seconds: float = 0.5) -> dict[str, str]:
     process.kill()
     process.wait()
     time.sleep(0.5)  # its run notices that the pipe has broken, and goes
-    return {json.dumps(run.parameters): run.state() for run in store.all_runs(path.stem) if run.id not in known}
+    return {" ".join(as_words(run.parameters)): run.state() for run in store.all_runs(path.stem) if run.id not in known}
 
 
 def costs(folder: Path | str, *, repeats: int = 1) -> tuple[dict[str, float], dict[str, list[dict]]]:
@@ -117,6 +118,7 @@ def costs(folder: Path | str, *, repeats: int = 1) -> tuple[dict[str, float], di
         "4 runs of 2 s, 1 worker": lambda: outcomes.update({"1 worker": go(computes, 4)}),
         "4 runs of 2 s, 2 workers": lambda: outcomes.update({"2 workers": go(computes, 4, workers=2)}),
     }
+    go(empty, 1)  # the first reads papermill and its like from the disk
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():

@@ -146,11 +146,12 @@ def summary(outcomes: list[dict], *, most: int = 20) -> str:
     """
     varying = _varying([o["parameters"] for o in outcomes])
     ordered = sorted(outcomes, key=lambda o: STATES.index(o["state"]))
-    lines = [f"{'run':44} {'state':9} {'seconds':>8} {'MB':>6}  {'' if len(outcomes) == 1 else 'with'}".rstrip()]
+    wide = max(len(o["run"]) for o in outcomes)
+    lines = [f"{'run':{wide}}  {'state':8} {'seconds':>8} {'MB':>6}  {'' if len(outcomes) == 1 else 'with'}".rstrip()]
     for o in ordered[:most]:
         seconds = f"{o['seconds']:.1f}" if o["seconds"] != "" else ""
         chosen = " ".join(f"{name}={o['parameters'].get(name)}" for name in varying)
-        lines.append(f"{o['run']:44} {o['state']:9} {seconds:>8} {o['peak_mb']:>6}  {chosen}".rstrip())
+        lines.append(f"{o['run']:{wide}}  {o['state']:8} {seconds:>8} {o['peak_mb']:>6}  {chosen}".rstrip())
         if o["reason"]:
             lines.append(f"    {o['reason']}")
     if len(ordered) > most:
