@@ -5,7 +5,6 @@ Chapter: 10, "Can a hundred runs be trusted?"
 
 import functools
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,7 @@ while time.process_time() < end:
 def notebook(path: Path | str, *cells: str) -> Path:
     """Write a notebook of code cells, the first of them its parameters.
 
-    >>> import tempfile
+    >>> import json, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     len(json.loads(notebook(f"{folder}/toy.ipynb", "n = 1", "print(n)").read_text())["cells"])
     2
