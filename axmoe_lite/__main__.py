@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop the runs, say what is done
     try:
         return COMMANDS[chosen.command](chosen)
-    except (ValueError, ImportError, ConnectionError, RuntimeError) as wrong:
+    except (ValueError, ImportError, OSError, RuntimeError) as wrong:
         print(f"axmoe {chosen.command}: {wrong}", file=sys.stderr)
         return 2 if isinstance(wrong, ValueError) else 1
     except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--values", default="", help="columns to compare (default: top1, or all that were measured)")
     book = command("book", "execute every chapter that changed, then build the HTML pages")
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
-    book.add_argument("--workers", type=int, default=0, help="chapters at a time (default: one a core)")
+    book.add_argument("--workers", type=int, help="chapters at a time (default: one a core)")
     book.add_argument("--force", action="store_true", help="execute and build everything")
     bench = command("bench", "measure speed against float32 on this machine, in turns")
     bench.add_argument("--cases", default="", help="groups of cases, as in gemm,resnet20 (default: all)")
@@ -151,7 +151,7 @@ def _compare(chosen: argparse.Namespace) -> int:
 def _book(chosen: argparse.Namespace) -> int:
     from axmoe_lite import book
 
-    return book.build(scale=chosen.scale, workers=chosen.workers or None, force=chosen.force)
+    return book.build(scale=chosen.scale, workers=chosen.workers, force=chosen.force)
 
 
 def _bench(chosen: argparse.Namespace) -> int:

@@ -261,9 +261,12 @@ def test_exit_codes_and_what_is_said(toy, elsewhere, capsys):
         (["sweep", path, "n=7"], "0..3"),
         (["run", "12_nothing"], "networks"),
         (["run", path, "--minutes", "-1"], "minutes"),
+        (["book", "--workers", "0"], "at least 1"),
     ]:
         assert main(words) == 2
         assert hint in capsys.readouterr().err
+    assert main(["collect", "toy", "--to", "/dev/null/table"]) == 1
+    assert "/dev/null" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sweep", path, "--workers", "2", "--scheduler", "tcp://localhost:1"])
 
