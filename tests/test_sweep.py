@@ -1,5 +1,6 @@
 """Real notebooks in real processes: each combination once, whatever is killed in between."""
 
+import base64
 import json
 import os
 import random
@@ -126,6 +127,18 @@ def test_other_code_is_refused(toy, elsewhere, monkeypatch):
     with pytest.raises(RuntimeError, match=rf"other code of axmoe_lite \(01234567\).*\({work.package}\)"):
         execute.perform(work)
     assert not work.run.folder.exists()
+
+
+def test_what_a_worker_sends_back_keeps_the_traceback_of_the_attempt_before(toy, elsewhere):
+    path = toy("n = 0", "1 / n")
+    failed = runs.run(path, progress=False)
+    (work,) = runs.plan(path, [{"n": 0}])
+    sent = {"state": "finished", "files": {"notebook.ipynb": base64.b64encode(b"{}").decode()}}
+    assert execute.unpack(work, sent) == {"state": "finished"} == store.outcome(work.run)
+    assert "1 / n" in (failed["folder"] / "error-1.txt").read_text() and not (failed["folder"] / "error.txt").exists()
+    for name in ("../outcome.json", "run.json", "rows/../../x", "/etc/passwd"):
+        with pytest.raises(ValueError, match="none of a run's"):
+            execute.unpack(work, {"state": "finished", "files": {name: ""}})
 
 
 def test_runs_of_other_code_count_if_told_so(toy, elsewhere, monkeypatch):

@@ -115,6 +115,8 @@ def unpack(work: Work, outcome: dict) -> dict:
     run, files = work.run, outcome.pop("files", {})
     if files:
         store.begin(run, notebook=work.notebook, made_by=work.made_by)
+        if store.outcome(run):  # an earlier attempt, whose traceback is kept
+            store.reopen(run)
     for name, content in files.items():
         parts = Path(name).parts
         rows = parts[0] == "rows" and len(parts) == 3 and ".." not in parts
