@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from axmoe_lite import kernels, quant
 from axmoe_lite.kernels import factored
 from axmoe_lite.kernels.encode import clear_outside, codes_in_bfloat16, round_trip
+from axmoe_lite.layers import small
 from axmoe_lite.multipliers import Multiplier
 
 GRADIENTS = ("straight-through", "smoothed")
@@ -139,7 +140,10 @@ class Convolution(torch.autograd.Function):
         grad, outside = _operands(ctx, grad), None
 
         def backward(first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool]) -> tuple:
-            options = (layer.stride, layer.code_padding, layer.dilation, False, (0, 0), layer.groups)
+            how = {"stride": layer.stride, "padding": layer.code_padding, "dilation": layer.dilation}
+            if small.suits(first, second, **how, groups=layer.groups):
+                return small.gradients(grad, first, second, which)
+            options = (*how.values(), False, (0, 0), layer.groups)
             return torch.ops.aten.convolution_backward(grad, first, second, None, *options, (*which, False))[:2]
 
         if layer.gradient == "straight-through":

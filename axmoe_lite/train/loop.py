@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from axmoe_lite import moe
 from axmoe_lite.datasets import Images, crop_flip
 from axmoe_lite.layers import assignment_of
+from axmoe_lite.layers.small import small_convolutions
 from axmoe_lite.train import checkpoints
 from axmoe_lite.train.measure import check_fits, evaluate
 
@@ -254,6 +255,8 @@ def _one_epoch(
         during.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(generator.initial_seed())  # for layers that draw their own noise
         seen = during.enter_context(moe.watching(model)) if learning else {}
+        if settings["precision"] == "bf16":
+            during.enter_context(small_convolutions(model))
         for step, batch in enumerate(order.split(settings["batch_size"])):
             rate = settings["lr"] * schedule(first_step + step, steps=steps, warmup=warmup)
             for group in optimiser.param_groups:
