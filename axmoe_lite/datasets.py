@@ -1,4 +1,4 @@
-"""Image sets as plain tensors: two that need no network, two that are downloaded once.
+"""Image sets as plain tensors: two that need no network, three that are downloaded once.
 
 A data set here is small enough to sit on the device as one uint8 tensor, so there are no loader
 processes: a batch is an index, and augmentation is two tensor operations (:func:`crop_flip`).
@@ -7,14 +7,16 @@ processes: a batch is an index, and augmentation is two tensor operations (:func
     synthetic()   any number of classes, any size; learnable textures, for tests and scaling
     cifar10()     50,000 + 10,000 photographs, 10 classes
     cifar100()    50,000 + 10,000 photographs, 100 classes
+    tiny_imagenet()   100,000 + 10,000 photographs of 64 x 64 pixels, 200 classes, or fewer of them
 
-The last two are read from ``data/cache/<name>.npz`` if that file is there, else fetched through
-torchvision and written there. Letters: N images, C channels, H x W pixels.
+The photographs are read from ``data/cache/<name>.npz`` if that file is there. Else CIFAR is fetched through
+torchvision, and Tiny ImageNet read from its own zip, and written there. Letters: N images, C channels, H x W pixels.
 
 Chapter: 05, "What happens to a network?"
 """
 
 import difflib
+import io
 import os
 import tempfile
 import zipfile
@@ -244,6 +246,63 @@ def _cifar(name: str, torchvision_class: str, classes: int) -> Images:
     return images
 
 
+def tiny_imagenet(*, classes: int = 200) -> Images:
+    """Tiny ImageNet-200: 500 training and 50 validation photographs of each class, which are the test images here.
+
+    Args:
+        classes: take that many of the 200, at even steps; the set is then named ``tiny-imagenet-20of200``.
+
+    Raises:
+        FileNotFoundError: if neither ``tiny-imagenet-200.npz`` nor the official ``tiny-imagenet-200.zip``
+            (cs231n.stanford.edu/tiny-imagenet-200.zip, 237 MB) lies in ``data/cache``.
+    """
+    path = paths.cache_dir() / "tiny-imagenet-200.npz"
+    if not path.exists():
+        _convert_tiny_imagenet(path.with_suffix(".zip"), path)
+    images = read_npz(path)
+    if not 1 <= classes <= len(images.classes):
+        raise ValueError(f"{classes} classes were asked for; {images.name} has 1 to {len(images.classes)}.")
+    if classes == len(images.classes):
+        return images
+    kept = torch.arange(classes) * len(images.classes) // classes
+    parts = {}
+    for split in ("train", "test"):
+        x, y = getattr(images, f"x_{split}"), getattr(images, f"y_{split}")
+        among = torch.isin(y, kept)
+        parts |= {f"x_{split}": x[among], f"y_{split}": torch.searchsorted(kept, y[among])}
+    name = f"tiny-imagenet-{classes}of{len(images.classes)}"
+    return Images(name, **parts, classes=tuple(images.classes[c] for c in kept))
+
+
+def _convert_tiny_imagenet(source: Path, path: Path) -> None:
+    """From the official zip to one file of arrays, moved into place when it is whole."""
+    if not source.exists():
+        raise FileNotFoundError(
+            f"Tiny ImageNet is not at {path}. Download http://cs231n.stanford.edu/{source.name} (237 MB) to"
+            f" {source} and call again: it is converted once. Without a network, digits() and synthetic() work."
+        )
+    from PIL import Image  # comes with torchvision
+
+    with zipfile.ZipFile(source) as archive:
+        top = "tiny-imagenet-200/"
+        ids = archive.read(f"{top}wnids.txt").decode().split()
+        called = dict(line.split("\t", 1) for line in archive.read(f"{top}words.txt").decode().splitlines())
+        files = {"train": [], "test": []}
+        for name in archive.namelist():
+            if name.startswith(f"{top}train/") and name.endswith(".JPEG"):
+                files["train"].append((name, name.split("/")[2]))
+        for line in archive.read(f"{top}val/val_annotations.txt").decode().splitlines():
+            files["test"].append((f"{top}val/images/{line.split(chr(9))[0]}", line.split("\t")[1]))
+        arrays: dict = {"classes": np.array([called.get(i, i) for i in ids])}
+        for split, named in files.items():
+            pictures = (Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name, _ in named)
+            arrays[f"x_{split}"] = np.stack([np.asarray(picture) for picture in pictures])
+            arrays[f"y_{split}"] = np.array([ids.index(i) for _, i in named], np.int64)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        np.savez(finished := Path(folder) / path.name, **arrays)
+        os.replace(finished, path)
+
+
 def read_npz(path: Path | str) -> Images:
     """Read an image set from one ``.npz`` file: your own, or a cached one.
 
@@ -310,6 +369,7 @@ LOADERS: dict[str, Callable[[], Images]] = {
     "synthetic": synthetic,
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "tiny_imagenet": tiny_imagenet,
 }
 
 

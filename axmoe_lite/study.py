@@ -2,6 +2,7 @@
 
     network = exact("resnet20", images, topology="hard", epochs=60, upcycle_epochs=20)    without approximation
     rows = measure(network, images, EVOAPPROX, retrain_epochs=5)               one a multiplier and regime
+    rows = run("resnet20", images, topology="hard", multipliers=EVOAPPROX, regimes=REGIMES, epochs=60)  both in one
     rows = footprint("resnet20", classes=100, size=32)                         one a topology: counted, not trained
 
 :func:`exact` keeps each stage in a folder and takes it from there the next time; :func:`measure` takes any network,
@@ -10,6 +11,7 @@ yours too. Both resume where they were interrupted.
 Chapter: 09, "What does accuracy cost?"
 """
 
+import base64
 import copy
 import difflib
 import hashlib
@@ -18,16 +20,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from axmoe_lite import cost, models
+from axmoe_lite import cost, models, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable, assignment_of, default_layers
+from axmoe_lite.layers.correction import correct_bias
 from axmoe_lite.models import upcycle
 from axmoe_lite.multipliers import EXACT, errors, multiplier
-from axmoe_lite.train import calibrate, fit, gateway_of, predict, recipe, retrain
+from axmoe_lite.train import calibrate, fit, gateway_of, norms_of, predict, recipe, refresh_norms, retrain
 from axmoe_lite.train.clusters import CLUSTERS
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -39,7 +43,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": models.mobilenet_v2,
     "vit_small": models.vit_small,
 }
-REGIMES = ("not retrained", "retrained")
+# What two CPU cores can train; the paper's own epochs are not known, and it retrains on all images with lr 0.1.
+AT_HAND: dict[str, dict] = {
+    "resnet20": {"epochs": 60, "upcycle_epochs": 3, "exact_options": {"gateway_epochs": 8}},
+    "vgg11_bn": {"epochs": 20, "upcycle_epochs": 3, "exact_options": {"gateway_epochs": 8}},
+    "vgg19_bn": {"epochs": 15, "upcycle_epochs": 2, "exact_options": {"gateway_epochs": 8}},
+    "vit_small": {"epochs": 25, "upcycle_epochs": 3, "r": 0.25, "exact_options": {"gateway_epochs": 10}},
+}
+REGIMES = ("not retrained", "bias corrected", "norms refreshed", "retrained")
 
 
 def build(network: str, images: Images, *, seed: int = 0, **options: object) -> nn.Module:
@@ -187,12 +198,65 @@ def exact(
     return learn(upcycle(dense, topology=topology, **options), name, "upcycle", upcycle_epochs, origin)
 
 
+def run(
+    network: str,
+    images: Images,
+    *,
+    topology: str = "dense",
+    multipliers: Iterable[str],
+    epochs: int,
+    upcycle_epochs: int = 0,
+    experts: int = 4,
+    r: float = 0.5,
+    gateway: str = "resnet56",
+    seed: int = 0,
+    folder: Path | str | None = None,
+    build_options: dict | None = None,
+    fit_options: dict | None = None,
+    retrain_options: dict | None = None,
+    progress: bool = True,
+    skip: Iterable[tuple[str, str]] = (),
+    exact_options: dict | None = None,
+    **measuring: Any,
+) -> Iterator[dict]:
+    """One network of the study from its training to its last row: :func:`exact`, then :func:`measure`.
+
+    Args:
+        folder: where training is kept, finished and half-finished; None: nowhere.
+        retrain_options, skip, measuring: of :func:`measure`; the seed and ``fit_options`` go to retraining too.
+        exact_options: further ones of :func:`exact`, such as ``gateway_epochs``.
+
+    Returns:
+        An iterator over the rows of :func:`measure`, each with ``network``, ``topology``, ``experts``, ``r``,
+        ``gateway`` and ``upcycle_epochs`` (1, 0, "" and 0 for a dense network) and ``retrain_lr``.
+    """
+    common = {"epochs": epochs, "seed": seed, "build_options": build_options, "fit_options": fit_options}
+    common |= {"folder": folder, "progress": progress, "gateway": gateway, **(exact_options or {})}
+    dense = exact(network, images, **common)
+    base = cost.count(dense, images.normalised(images.x_test[:1].to(_device(dense))))
+    made, said = dense, {"experts": 1, "r": 0, "gateway": "", "upcycle_epochs": 0}
+    if topology != "dense":
+        mixture = {"topology": topology, "upcycle_epochs": upcycle_epochs, "experts": experts, "r": r}
+        made = exact(dense if folder is None else network, images, **mixture, **common)
+        said = {"experts": experts, "r": r, "gateway": "", "upcycle_epochs": upcycle_epochs}
+        said |= {"r": 0, "gateway": gateway} if topology == "cluster" else {}  # which has no eligible layers
+    chosen = {**recipe(made, stage="retrain"), "seed": seed, **(fit_options or {}), **(retrain_options or {})}
+    name = f"retrain-{network}-{topology}-{images.name}-seed{seed}-{{multiplier}}.safetensors"
+    file = None if folder is None else Path(folder) / name
+    options = {"base": base, "skip": skip, "checkpoint": file, "progress": progress, "retrain_options": chosen}
+    for row in measure(made, images, multipliers, **options, **measuring):
+        lr = chosen["lr"] if row["regime"] == "retrained" else 0
+        yield {"network": network, "topology": topology, **said, **row, "retrain_lr": lr}
+
+
 def measure(
     network: nn.Module,
     images: Images,
     multipliers: Iterable[str],
     *,
+    regimes: Iterable[str] | None = None,
     retrain_epochs: int = 0,
+    retrain_images: int | None = None,
     base: cost.Macs | float | None = None,
     layers: Iterable[str] | None = None,
     calibrate_options: dict | None = None,
@@ -206,7 +270,12 @@ def measure(
     Args:
         network: any network; it is left as it was.
         multipliers: names, each given to all of ``layers``; ``"float32"`` is the network as it is.
-        retrain_epochs: if not 0, a second row for each after so many epochs of :func:`~axmoe_lite.train.retrain`.
+        regimes: which of :data:`REGIMES` to measure. None: the network as it is, and retrained if there are epochs.
+            Each starts from the same calibrated network. ``"bias corrected"`` is
+            :func:`~axmoe_lite.layers.correction.correct_bias` on 500 training images; ``"norms refreshed"`` is
+            :func:`~axmoe_lite.train.refresh_norms`, left out where there is no BatchNorm. Neither is from the paper.
+        retrain_epochs: of :func:`~axmoe_lite.train.retrain`, for rows of the regime ``"retrained"``.
+        retrain_images: how many training images an epoch of it sees, the same in each; None: all.
         base: what the cost is relative to, :func:`axmoe_lite.cost.count` of the dense network; None: this network.
         layers: dotted names; None: :func:`~axmoe_lite.layers.default_layers`.
         calibrate_options, retrain_options: see :func:`~axmoe_lite.train.calibrate` (``n``, ``per_channel``) and
@@ -216,10 +285,11 @@ def measure(
             removed when the row after it is asked for, or the end.
 
     Returns:
-        An iterator over dicts, one a multiplier and regime: ``multiplier``, ``regime``, ``retrain_epochs``, ``top1`` in
-        [0, 1], ``correct``, ``outcome`` ("", or why retraining stopped), ``p_norm``, ``approximated_share``, ``macs``
-        (executed for an input), ``macs_static``, ``parameters``, ``energy_pj``, ``delay_ns``, ``digest`` of the table,
-        ``power_mw``, ``mean_error``, ``seconds`` (of this row alone).
+        An iterator over dicts, one a multiplier and regime: ``multiplier``, ``regime``, ``retrain_epochs``,
+        ``retrain_images``, ``top1`` in [0, 1], ``correct``, ``outcome`` ("", or why retraining stopped), ``p_norm``,
+        ``approximated_share``, ``macs`` (executed for an input), ``macs_static``, ``parameters``, ``energy_pj``,
+        ``delay_ns``, ``digest`` of the table, ``power_mw``, ``mean_error``, ``seconds`` (of this row alone), and
+        ``answers``, which test images were right, see :func:`unpack_answers`.
 
     Raises:
         ValueError: by the call itself, before anything is measured: for a multiplier, layer or regime that does not
@@ -234,62 +304,111 @@ def measure(
     layers = default_layers(network) if layers is None else list(layers)
     for name in layers:
         _check_known("layer", name, approximable(network))
-    for _, regime in known:
-        _check_known("regime", regime, REGIMES)
     if retrain_epochs < 0:
         raise ValueError(f"retrain_epochs is {retrain_epochs}; it is at least 0, and 0 retrains nothing.")
+    regimes = ["not retrained", "retrained"] if regimes is None else list(regimes)
+    for regime in (*regimes, *(regime for _, regime in known)):
+        _check_known("regime", regime, REGIMES)
+    few = images.subset(n_train=retrain_images)
+    retraining = {
+        "epochs": retrain_epochs,
+        "options": {"images": few, "evaluate_every": 0, "progress": progress, **(retrain_options or {})},
+    }
+    regimes = [
+        r for r in regimes if (r != "retrained" or retrain_epochs) and (r != "norms refreshed" or norms_of(network))
+    ]
     macs = cost.count(network, images.normalised(images.subset(n_test=1000).x_test.to(_device(network))))
     prices = {
         name: cost.price(macs, dict.fromkeys(layers, table) if table else {}, base=base)
         for name, table in tables.items()
     }
 
-    def one(name: str, regimes: list[str]) -> Iterator[dict]:
-        copied, start, outcome, table = copy.deepcopy(network), time.perf_counter(), "", tables[name]
+    def one(name: str, wanted: list[str]) -> Iterator[dict]:
+        calibrated, start, table = copy.deepcopy(network), time.perf_counter(), tables[name]
         file = None if checkpoint is None else str(checkpoint).replace("{multiplier}", name.replace(":", "-"))
         if table is not None:
-            calibrate(copied, dict.fromkeys(layers, table), images, **(calibrate_options or {}))
-        for regime in regimes:
-            if regime == "retrained":
-                options = {"evaluate_every": 0, "progress": progress, "checkpoint": file, **(retrain_options or {})}
-                outcome = retrain(copied, images, epochs=retrain_epochs, **options).diverged
-            correct = int((predict(copied, images, progress=False) == images.y_test.cpu()).sum())
-            paid = prices[name]
+            calibrate(calibrated, dict.fromkeys(layers, table), images, **(calibrate_options or {}))
+        for regime in wanted:
+            healed = calibrated if regime == wanted[-1] else copy.deepcopy(calibrated)
+            outcome = _heal(healed, regime, images, checkpoint=file, **retraining)
+            right = predict(healed, images, progress=False) == images.y_test.cpu()
+            retrained = regime == "retrained"
             yield {
                 "multiplier": name,
                 "regime": regime,
-                "retrain_epochs": retrain_epochs if regime == "retrained" else 0,
-                "top1": correct / len(images.x_test),
-                "correct": correct,
+                "retrain_epochs": retrain_epochs if retrained else 0,
+                "retrain_images": len(few.x_train) if retrained else 0,
+                "top1": int(right.sum()) / len(right),
+                "correct": int(right.sum()),
                 "outcome": outcome,
-                "p_norm": paid.p_norm,
-                "approximated_share": paid.approximated_share,
-                "macs": macs.executed,
-                "macs_static": macs.static,
-                "parameters": macs.parameters,
-                "energy_pj": paid.energy_pj,
-                "delay_ns": paid.delay_ns,
+                **_paid(prices[name], macs),
                 "digest": table.digest if table else "float32",
                 "power_mw": (table or multiplier(EXACT)).power_mw,
                 "mean_error": errors(table).mean_error if table else 0.0,
                 "seconds": round(time.perf_counter() - start, 2),
+                "answers": pack_answers(right),
             }
             start = time.perf_counter()  # what the caller did with the row is not the next row's time
-        if file is not None and "retrained" in regimes:
+        if file is not None and "retrained" in wanted:
             for epoch in range(1, retrain_epochs + 1):
                 Path(file.replace("{epoch}", str(epoch))).unlink(missing_ok=True)
 
     def rows() -> Iterator[dict]:
         for name in tqdm(names, desc="measure", disable=not progress):
-            regimes = [regime for regime in _regimes(name, retrain_epochs) if (name, regime) not in known]
-            if regimes:
-                yield from one(name, regimes)
+            possible = REGIMES[:1] if name == "float32" else REGIMES
+            wanted = [regime for regime in regimes if regime in possible and (name, regime) not in known]
+            if wanted:
+                yield from one(name, wanted)
 
     return rows()
 
 
-def _regimes(name: str, retrain_epochs: int) -> list[str]:
-    return list(REGIMES) if retrain_epochs and name != "float32" else [REGIMES[0]]
+def _heal(
+    network: nn.Module, regime: str, images: Images, *, checkpoint: str | None, epochs: int, options: dict
+) -> str:
+    """Bring a calibrated network into a regime, in place; what went wrong, if anything did."""
+    if regime == "bias corrected":
+        some = images.subset(n_train=500).x_train.to(_device(network))
+        with moe.no_idle_experts(network):
+            correct_bias(network, images.normalised(some))
+    if regime == "norms refreshed":
+        refresh_norms(network, images)
+    if regime == "retrained":
+        return retrain(network, epochs=epochs, checkpoint=checkpoint, **options).diverged
+    return ""
+
+
+def _paid(paid: cost.Price, macs: cost.Macs) -> dict:
+    return {
+        "p_norm": paid.p_norm,
+        "approximated_share": paid.approximated_share,
+        "macs": macs.executed,
+        "macs_static": macs.static,
+        "parameters": macs.parameters,
+        "energy_pj": paid.energy_pj,
+        "delay_ns": paid.delay_ns,
+    }
+
+
+def pack_answers(right: Tensor) -> str:
+    """Which test images were answered right, bool [N], as base64 of their bits in the order of the set.
+
+    >>> pack_answers(torch.tensor([True, False, True]))
+    'oA=='
+    """
+    return base64.b64encode(np.packbits(np.asarray(right, bool))).decode()
+
+
+def unpack_answers(text: str, n: int) -> np.ndarray:
+    """The inverse of :func:`pack_answers`: bool [N] for N = ``n`` test images.
+
+    >>> unpack_answers("oA==", 3)
+    array([ True, False,  True])
+    """
+    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    if len(bits) != -(-n // 8):
+        raise ValueError(f"{len(bits)} bytes of answers cannot belong to {n} test images, which take {-(-n // 8)}.")
+    return np.unpackbits(bits, count=n).astype(bool)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from axmoe_lite import EVOAPPROX, cost, datasets, models, moe, multiplier, study
+from axmoe_lite import EVOAPPROX, cost, datasets, models, moe, multiplier, study, train
 from axmoe_lite.layers import approximate, default_layers
 from axmoe_lite.train import loop
 
 TINY = {"upcycle_epochs": 0, "experts": 2, "gateway": "resnet8", "progress": False}
 ONCE = {"retrain_epochs": 1, "retrain_options": {"batch_size": 8, "augment": "none"}, "progress": False}
 KEYS = (  # noqa: SIM905
-    "multiplier regime retrain_epochs top1 correct outcome p_norm approximated_share macs macs_static parameters"
-    " energy_pj delay_ns digest power_mw mean_error seconds"
+    "multiplier regime retrain_epochs retrain_images top1 correct outcome p_norm approximated_share macs macs_static parameters"
+    " energy_pj delay_ns digest power_mw mean_error seconds answers"
 ).split()
 
 
@@ -58,8 +58,9 @@ def no_training(*_, **__):
 def test_every_combination_runs(network, topology, few):
     exact = narrow(network, few, topology)
     before = weights(exact)
-    rows = list(study.measure(exact, few, EVOAPPROX, **ONCE))
-    assert [(row["multiplier"], row["regime"]) for row in rows] == [(m, r) for m in EVOAPPROX for r in study.REGIMES]
+    rows = list(study.measure(exact, few, EVOAPPROX, regimes=study.REGIMES, **ONCE))
+    regimes = [r for r in study.REGIMES if network != "vit_small" or r != "norms refreshed"]
+    assert [(row["multiplier"], row["regime"]) for row in rows] == [(m, r) for m in EVOAPPROX for r in regimes]
     assert all(list(row) == KEYS for row in rows)
     for row in rows:
         assert row["outcome"] == "" and row["correct"] == 4 * row["top1"] and 0 <= row["top1"] <= 1
@@ -277,6 +278,26 @@ def test_a_rows_seconds_are_its_own(small, monkeypatch):
     monkeypatch.setattr(study, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     rows = list(study.measure(narrow("resnet8", small), small, ["mul8s_1KV6", "mul8s_1L2L"], **ONCE))
     assert [row["seconds"] for row in rows] == [1.0] * 4  # from one look at the clock to the next
+
+
+def test_regimes_all_start_from_the_same_calibrated_network(small):
+    network = narrow("resnet8", small, "hard", width=1 / 4)
+    options = {**ONCE, "retrain_images": 9}
+    together = timeless(study.measure(network, small, ["mul8s_1KVA"], regimes=study.REGIMES, **options))
+    for row in together:
+        assert timeless(study.measure(network, small, ["mul8s_1KVA"], regimes=[row["regime"]], **options)) == [row]
+    assert [(row["retrain_epochs"], row["retrain_images"]) for row in together] == [(0, 0)] * 3 + [(1, 9)]
+    assert len({row["answers"] for row in together}) > 1
+
+
+def test_answers_say_which_images_were_right(small):
+    network = narrow("resnet8", small)
+    (row,) = study.measure(network, small, ["float32"], progress=False)
+    right = study.unpack_answers(row["answers"], len(small.x_test))
+    assert right.tolist() == (train.predict(network, small, progress=False) == small.y_test).tolist()
+    assert right.sum() == row["correct"] and len(right) == 8
+    with pytest.raises(ValueError, match="2 bytes of answers cannot belong to 8 test images"):
+        study.unpack_answers("oAA=", 8)
 
 
 def test_options_reach_calibration(small, monkeypatch):

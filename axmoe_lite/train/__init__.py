@@ -3,7 +3,7 @@
     loop           fit: the training loop, its schedule; Diverged
     measure        predict, evaluate, resilience
     recipes        how each architecture is trained
-    retrain        calibrate, retrain: what approximation breaks, training may heal
+    retrain        calibrate, refresh_norms, retrain: what approximation breaks, training may heal
     clusters       gateway_of: who goes to which expert of a cluster
     checkpoints    save, load; half-finished training that resumes
 
@@ -15,7 +15,7 @@ from axmoe_lite.train.clusters import gateway_of
 from axmoe_lite.train.loop import Diverged, fit, schedule
 from axmoe_lite.train.measure import evaluate, predict, resilience
 from axmoe_lite.train.recipes import recipe
-from axmoe_lite.train.retrain import Retraining, calibrate, retrain
+from axmoe_lite.train.retrain import Retraining, calibrate, norms_of, refresh_norms, retrain
 
 __all__ = [
     "Diverged",
@@ -25,8 +25,10 @@ __all__ = [
     "fit",
     "gateway_of",
     "load",
+    "norms_of",
     "predict",
     "recipe",
+    "refresh_norms",
     "resilience",
     "retrain",
     "save",

@@ -2,6 +2,7 @@
 
     calibrate(network, "mul8s_1L2L", images)     approximate() on training images, no expert left out
     retrain(network, images)                     five epochs; gates frozen, as AxMoE has it
+    refresh_norms(network, images)               what of it BatchNorm's averages do alone, without any gradient
 
 Chapter: 08, "Can a network learn its new arithmetic?"
 """
@@ -10,11 +11,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from axmoe_lite import moe
 from axmoe_lite.datasets import Images
-from axmoe_lite.layers import Assignment, approximate, assignment_of
+from axmoe_lite.layers import Assignment, approximate, assignment_of, evaluating
 from axmoe_lite.train.loop import Diverged, fit
 from axmoe_lite.train.measure import evaluate
 from axmoe_lite.train.recipes import recipe
@@ -35,6 +37,50 @@ def calibrate(
     seen = images.normalised(images.subset(n_train=n).x_train)
     with moe.no_idle_experts(network):
         return approximate(network, assignment, calibration=seen, **options)
+
+
+@torch.no_grad()
+def refresh_norms(network: nn.Module, images: Images, *, n: int = 2000, batch_size: int = 250) -> nn.Module:
+    """Take BatchNorm's averages anew under the network's present products; no weight changes. Not from the paper.
+
+    A control for :func:`retrain`, which does this too, besides learning. Gates and a gateway keep their averages,
+    and so does a BatchNorm that no image reaches.
+
+    Args:
+        n: training images, at even steps through the set, not augmented; averages are over their batches.
+
+    Returns:
+        The same network, in place.
+
+    Raises:
+        ValueError: for a network in which no BatchNorm keeps averages, such as a transformer.
+    """
+    norms = norms_of(network)
+    if not norms:
+        raise ValueError(f"This {type(network).__name__} has no BatchNorm that keeps averages; retrain() still works.")
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    with evaluating(network):  # which gives every module its own mode back
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # each batch counts alike
+            norm.train()
+        for x in images.subset(n_train=n).x_train.split(batch_size):
+            network(images.normalised(x.to(norms[0].running_mean.device)).contiguous(memory_format=torch.channels_last))
+    for norm, (momentum, mean, var) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        if not norm.num_batches_tracked:
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+    return network
+
+
+def norms_of(network: nn.Module) -> list[nn.Module]:
+    """The BatchNorms of a network that keep averages, but those of gates and gateways."""
+    gates = [module for module in network.modules() if isinstance(module, moe.Gate)]
+    gates += [module.gateway for module in network.modules() if isinstance(module, moe.ClusterMoE)]
+    spared = {part for gate in gates for part in gate.modules()}
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None and norm not in spared]
 
 
 @dataclass(frozen=True)
