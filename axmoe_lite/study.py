@@ -372,7 +372,7 @@ def _heal(
         with moe.no_idle_experts(network):
             correct_bias(network, images.normalised(some))
     if regime == "norms refreshed":
-        refresh_norms(network, images)
+        refresh_norms(network, images, augment=options.get("augment", "crop_flip"))
     if regime == "retrained":
         return retrain(network, epochs=epochs, checkpoint=checkpoint, **options).diverged
     return ""

@@ -18,7 +18,7 @@ def test_averages_are_those_of_the_batches_and_weights_stay(images):
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(256, 3))
     network[1].eval()
     before = copy.deepcopy(network.state_dict())
-    assert train.refresh_norms(network, images, n=40, batch_size=20) is network
+    assert train.refresh_norms(network, images, n=40, batch_size=20, augment="none") is network
     seen = network[0](images.normalised(images.x_train))
     assert torch.allclose(network[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
     variances = torch.stack([half.var((0, 2, 3)) for half in seen.split(20)]).mean(0)
@@ -26,6 +26,19 @@ def test_averages_are_those_of_the_batches_and_weights_stay(images):
     assert network[1].momentum == 0.1 and not network[1].training and network[2].training
     for name, value in network.state_dict().items():
         assert "running" in name or "tracked" in name or torch.equal(value, before[name])
+
+
+def test_images_are_augmented_as_in_training_and_seeded(images):
+    def averages(**options):
+        network = nn.Sequential(nn.BatchNorm2d(3))
+        return train.refresh_norms(network, images, **options)[0].running_mean
+
+    plain, cropped = averages(augment="none"), averages(augment="crop")
+    assert torch.equal(cropped, averages(augment="crop")) and not torch.equal(cropped, averages(augment="crop", seed=1))
+    black = ((torch.zeros(3) / 255 - torch.tensor(images.mean)) / torch.tensor(images.std)).double()
+    assert (cropped < plain).all() and (cropped > black).all(), "borders are black"
+    with pytest.raises(ValueError, match="augment"):
+        averages(augment="crops")
 
 
 def test_gates_gateways_and_idle_experts_keep_theirs(images):

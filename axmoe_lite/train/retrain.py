@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from axmoe_lite import moe
-from axmoe_lite.datasets import Images
+from axmoe_lite.datasets import Images, crop_flip
 from axmoe_lite.layers import Assignment, approximate, assignment_of, evaluating
-from axmoe_lite.train.loop import Diverged, fit
+from axmoe_lite.train.loop import AUGMENTATIONS, Diverged, fit
 from axmoe_lite.train.measure import evaluate
 from axmoe_lite.train.recipes import recipe
 
@@ -40,14 +40,25 @@ def calibrate(
 
 
 @torch.no_grad()
-def refresh_norms(network: nn.Module, images: Images, *, n: int = 2000, batch_size: int = 250) -> nn.Module:
+def refresh_norms(
+    network: nn.Module,
+    images: Images,
+    *,
+    n: int = 2000,
+    augment: str = "crop_flip",
+    batch_size: int = 250,
+    seed: int = 0,
+) -> nn.Module:
     """Take BatchNorm's averages anew under the network's present products; no weight changes. Not from the paper.
 
     A control for :func:`retrain`, which does this too, besides learning. Gates and a gateway keep their averages,
     and so does a BatchNorm that no image reaches.
 
     Args:
-        n: training images, at even steps through the set, not augmented; averages are over their batches.
+        n: training images, at even steps through the set; averages are over their batches.
+        augment: as in the training of the network, see :func:`fit`. It matters: the black borders of crops are in the
+            averages that a network was trained with, and without them our exact ResNet-20 loses 4 points on CIFAR-100.
+        seed: of the augmentation.
 
     Returns:
         The same network, in place.
@@ -55,9 +66,11 @@ def refresh_norms(network: nn.Module, images: Images, *, n: int = 2000, batch_si
     Raises:
         ValueError: for a network in which no BatchNorm keeps averages, such as a transformer.
     """
+    moe.check_option("augment", augment, AUGMENTATIONS)
     norms = norms_of(network)
     if not norms:
         raise ValueError(f"This {type(network).__name__} has no BatchNorm that keeps averages; retrain() still works.")
+    generator = torch.Generator().manual_seed(seed)
     before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     with evaluating(network):  # which gives every module its own mode back
         for norm in norms:
@@ -65,7 +78,9 @@ def refresh_norms(network: nn.Module, images: Images, *, n: int = 2000, batch_si
             norm.momentum = None  # each batch counts alike
             norm.train()
         for x in images.subset(n_train=n).x_train.split(batch_size):
-            network(images.normalised(x.to(norms[0].running_mean.device)).contiguous(memory_format=torch.channels_last))
+            x = x if augment == "none" else crop_flip(x, generator=generator, flip=augment == "crop_flip")
+            x = images.normalised(x.to(norms[0].running_mean.device))
+            network(x.contiguous(memory_format=torch.channels_last))
     for norm, (momentum, mean, var) in zip(norms, before, strict=True):
         norm.momentum = momentum
         if not norm.num_batches_tracked:
