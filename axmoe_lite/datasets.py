@@ -7,7 +7,7 @@ processes: a batch is an index, and augmentation is two tensor operations (:func
     synthetic()   any number of classes, any size; learnable textures, for tests and scaling
     cifar10()     50,000 + 10,000 photographs, 10 classes
     cifar100()    50,000 + 10,000 photographs, 100 classes
-    tiny_imagenet()   100,000 + 10,000 photographs of 64 x 64 pixels, 200 classes, or fewer of them
+    tiny_imagenet()   100,000 + 10,000 photographs of 64 x 64 pixels, 200 classes, or some of them
 
 The photographs are read from ``data/cache/<name>.npz`` if that file is there. Else CIFAR is fetched through
 torchvision, and Tiny ImageNet read from its own zip, and written there. Letters: N images, C channels, H x W pixels.
@@ -370,6 +370,7 @@ LOADERS: dict[str, Callable[[], Images]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "tiny_imagenet": tiny_imagenet,
+    "tiny_imagenet_20": lambda: tiny_imagenet(classes=20),
 }
 
 

@@ -17,8 +17,8 @@ from axmoe_lite import runs
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
 STAIRCASE = (  # noqa: SIM905
-    "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs bench plots"
-    " doctor book __main__"
+    "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs claims search"
+    " bench plots doctor book __main__"
 ).split()
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 

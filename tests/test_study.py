@@ -312,3 +312,33 @@ def test_networks_are_built_for_the_images(small, few):
     assert study.build("vit_small", small, width=1 / 16).patch_embed.proj.kernel_size == (1, 1)  # 64 patches of 8 x 8
     assert study.build("vit_small", few, width=1 / 16).patch_embed.proj.kernel_size == (4, 4)
     assert study.build("resnet20", few, shortcut="pad").fc.out_features == 3
+
+
+@pytest.mark.parametrize("topology", models.TOPOLOGIES)
+def test_run_trains_measures_and_says_with_what(topology, small, tmp_path):
+    options = {"build_options": {"width": 1 / 8}, "gateway": "resnet8", "epochs": 1, "upcycle_epochs": 1, "experts": 2}
+    options |= {"exact_options": {"gateway_options": {"width": 1 / 8}}, "fit_options": {"batch_size": 8}}
+    options |= {"topology": topology, "multipliers": ["float32", "mul8s_1L2L"], "retrain_epochs": 1, "progress": False}
+    options |= {"retrain_options": {"lr": 0.01}, "seed": 3}
+    rows = list(study.run("resnet8", small, **options))
+    before, after = rows[1:]
+    said = {"dense": (1, 0, "", 0), "hard": (2, 0.5, "", 1), "soft": (2, 0.5, "", 1), "cluster": (2, 0, "resnet8", 1)}
+    for row in rows:
+        assert (row["network"], row["topology"]) == ("resnet8", topology)
+        assert tuple(row[name] for name in ("experts", "r", "gateway", "upcycle_epochs")) == said[topology]
+    assert (before["retrain_lr"], after["retrain_lr"]) == (0, 0.01)
+    assert (rows[0]["p_norm"] > 1.4) == (topology in ("soft", "cluster")), "the base is dense"
+    kept = study.run("resnet8", small, **options, folder=tmp_path)
+    assert timeless(kept) == timeless(rows), "a folder changes no number"
+    skip = {("float32", "not retrained"), ("mul8s_1L2L", "not retrained")}
+    (alone,) = study.run("resnet8", small, **options, folder=tmp_path, skip=skip)
+    assert timeless([alone]) == timeless([after])
+    assert not list(tmp_path.glob("retrain-*"))
+
+
+def test_run_is_seeded_throughout(small):
+    options = {"build_options": {"width": 1 / 8}, "epochs": 1, "fit_options": {"batch_size": 8}, "progress": False}
+    options |= {"multipliers": ["mul8s_1L2L"], "retrain_epochs": 1}
+    one, two = (list(study.run("resnet8", small, seed=seed, **options))[1]["answers"] for seed in (0, 1))
+    again = list(study.run("resnet8", small, seed=0, **options))[1]["answers"]
+    assert one == again and one != two

@@ -9,10 +9,13 @@
     speed          what simulating it costs
     cost           what an answer costs in each topology, and what accuracy it buys
     runs           which run was at work when
+    study          a whole study: what each topology keeps under each circuit, what heals it, what it costs
+    claims         a ledger of claims: comparisons, intervals, verdicts
 
-Chapters: 01 to 10.
+Chapters: 01 to 12.
 """
 
+from axmoe_lite.plots.claims import effects, verdicts
 from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
 from axmoe_lite.plots.experts import changed_choices, cluster_samples, loads, who_answers
 from axmoe_lite.plots.layers import (
@@ -37,6 +40,7 @@ from axmoe_lite.plots.multipliers import (
 from axmoe_lite.plots.networks import learning_curve, resilience
 from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.speed import speed_bars, speed_scaling
+from axmoe_lite.plots.study import coverage_chart, fronts, heat_map, recovery, resilience_curves
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
 
 __all__ = [
@@ -51,8 +55,12 @@ __all__ = [
     "code_counts",
     "corrected",
     "cost_explorer",
+    "coverage_chart",
+    "effects",
     "error_maps",
     "executed_stored",
+    "fronts",
+    "heat_map",
     "javascript_bundle",
     "kept_cells",
     "learning_curve",
@@ -63,8 +71,10 @@ __all__ = [
     "product_slopes",
     "proxy_check",
     "recovered",
+    "recovery",
     "recovery_curves",
     "resilience",
+    "resilience_curves",
     "source",
     "speed_bars",
     "speed_scaling",
@@ -72,5 +82,6 @@ __all__ = [
     "sum_errors",
     "theme",
     "timeline",
+    "verdicts",
     "who_answers",
 ]

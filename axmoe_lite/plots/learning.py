@@ -15,7 +15,7 @@ _LINES = {"exact product": GREY, "the circuit": BLUE}
 _SLOPES = {"straight-through": RED, "smoothed": GREEN, "the circuit's own": BLUE}
 _REGIMES = {
     "not retrained": (ORANGE, "triangle-down"),
-    "BatchNorm averages only": (PURPLE, "diamond"),
+    "norms refreshed": (PURPLE, "diamond"),
     "retrained": (BLUE, "circle"),
 }
 

@@ -1,6 +1,6 @@
 """Two sets of results side by side: what pairs, by how much it differs, and how sure that is.
 
-    study = "retraining_resnet20_cifar100"
+    study = "axmoe_resnet20_cifar100"
     print(table(compare(f"{study}:regime=not retrained", f"{study}:regime=retrained")))
 
 Rows pair by their study's key. Differences are b - a; their spread over seeds says how much of one is chance.
