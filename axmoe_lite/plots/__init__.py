@@ -10,6 +10,7 @@
     cost           what an answer costs in each topology, and what accuracy it buys
     runs           which run was at work when
     study          a whole study: what each topology keeps under each circuit, what heals it, what it costs
+    search         what each part can bear, and the fronts of assignments that were searched for
     claims         a ledger of claims: comparisons, intervals, verdicts
 
 Chapters: 01 to 12.
@@ -39,6 +40,7 @@ from axmoe_lite.plots.multipliers import (
 )
 from axmoe_lite.plots.networks import learning_curve, resilience
 from axmoe_lite.plots.runs import timeline
+from axmoe_lite.plots.search import mixed_fronts, sensitivities
 from axmoe_lite.plots.speed import speed_bars, speed_scaling
 from axmoe_lite.plots.study import coverage_chart, fronts, heat_map, recovery, resilience_curves
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
@@ -65,6 +67,7 @@ __all__ = [
     "kept_cells",
     "learning_curve",
     "loads",
+    "mixed_fronts",
     "number_grid",
     "pareto",
     "power_error_front",
@@ -75,6 +78,7 @@ __all__ = [
     "recovery_curves",
     "resilience",
     "resilience_curves",
+    "sensitivities",
     "source",
     "speed_bars",
     "speed_scaling",

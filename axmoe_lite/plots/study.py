@@ -10,7 +10,7 @@ A row is what :func:`axmoe_lite.study.measure` yields, with the network, the top
 their text. A cell that no row fills stays empty and is named as not run. Rows of several settings are never averaged:
 networks of other data or epochs, and other lengths of retraining, get names of their own in the menus.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 11, "Does the paper hold?"
 """
 
 import math
@@ -175,7 +175,7 @@ def fronts(rows: list[dict]) -> alt.LayerChart:
     table = to_table(rows, "fronts", float32=False)
     seeds, means, told = summed(table, "p_norm")
     menus, shown = _menus(table, "fronts")
-    low, high = min(0.44, table["p_norm"].min() / 1.1), max(1.2, table["p_norm"].max() * 1.1)
+    low, high = table["p_norm"].min() / 1.1, max(1.2, table["p_norm"].max() * 1.1)
     axis = alt.Axis(values=[0.125, 0.25, 0.5, 1, 2, 4, 8], format="~g", grid=True)
     title = "P_norm (dense network with the exact multiplier = 1)"
     x = alt.X("p_norm:Q", title=title, axis=axis, scale=alt.Scale(type="log", domain=[low, high], nice=False))

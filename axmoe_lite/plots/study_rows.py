@@ -1,6 +1,6 @@
 """Rows of a study as tables that figures can draw: checked, named, averaged over seeds, with their gaps.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 11, "Does the paper hold?"
 """
 
 import difflib

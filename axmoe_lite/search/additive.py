@@ -5,7 +5,7 @@ their losses. The first is exact, the second is not: that is why what is foretol
 
 Letters: G groups, M multipliers, S choices.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 12, "A multiplier for each expert?"
 """
 
 import numpy as np

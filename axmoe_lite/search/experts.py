@@ -7,7 +7,7 @@
 
 Not from the paper, which gives one multiplier to all layers.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 12, "A multiplier for each expert?"
 """
 
 from collections.abc import Callable, Iterable

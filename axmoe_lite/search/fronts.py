@@ -4,7 +4,7 @@ A front is a promise: give me a budget, I give you a network. So a front is read
 for each budget, by validation scores, and what that choice is worth on the test images. A point that is best on the
 test images by luck earns nothing, and a front with more points has no advantage from having more.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 12, "A multiplier for each expert?"
 """
 
 import json
@@ -211,6 +211,38 @@ def _resampled(
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples) / images
     a, b = (_values(drawn @ right.T, choice, floor) for right, choice in zip(answers, chosen, strict=True))
     return a - b
+
+
+
+def compare(rows: Iterable[dict], pairs: Iterable[tuple[str, ...]], *, floor: float = 0.0) -> list[dict]:
+    """Families of assignments against each other, by :func:`dominates`, as lines of a table in points.
+
+    Args:
+        rows: of :func:`report` with a column ``family``; numbers or text.
+        pairs: each a family, and the families whose points together make the front that it is compared with.
+        floor: the accuracy of what cannot be afforded, such as 1 / classes.
+
+    Returns:
+        A dict a pair: ``front``, ``against``, ``lead`` (mean over the budgets) with its 95 % interval ``low`` and
+        ``high``, ``largest_gap``, ``least_gap``, all in points of accuracy, and ``dominates``.
+
+    Raises:
+        ValueError: for a family that no row belongs to, or as :func:`dominates`.
+    """
+    rows, lines = list(rows), []
+    known = list(dict.fromkeys(row["family"] for row in rows))
+    for first, *others in pairs:
+        for family in (first, *others):
+            if family not in known:
+                raise ValueError(f"No row belongs to the family {family!r}; there are {', '.join(known) or 'none'}.")
+        fronts = ([row for row in rows if row["family"] in names] for names in ((first,), others))
+        found = dominates(*fronts, by="loss", floor=floor)
+        low, high = found.volume_interval or (float("nan"), float("nan"))
+        figures = {"lead": found.volume, "low": low, "high": high}
+        figures |= {"largest_gap": found.largest_gap, "least_gap": found.least_gap}
+        named = {"front": first, "against": " and ".join(others)}
+        lines.append({**named, **{key: 100 * value for key, value in figures.items()}, "dominates": found.dominates})
+    return lines
 
 
 class _Curve:

@@ -1,6 +1,6 @@
 """The search itself, which knows no network: groups choose multipliers, somebody scores and prices the choice.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 12, "A multiplier for each expert?"
 """
 
 from collections.abc import Callable, Iterable, Sequence

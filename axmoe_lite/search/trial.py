@@ -1,6 +1,6 @@
 """One assignment after another on the same images: calibrated once, healed alike, and never asked twice.
 
-Chapter: 09, "What does accuracy cost?"
+Chapter: 12, "A multiplier for each expert?"
 """
 
 import copy
