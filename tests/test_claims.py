@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from axmoe_lite import claims
-from axmoe_lite.claims import judge, read_cells
+from axmoe_lite import claims, runs
+from axmoe_lite.claims import judge, ledger, read_cells
 from axmoe_lite.claims.parts import Goal
 from axmoe_lite.claims.statistics import holm, mcnemar, paired_bootstrap, paired_t, unpaired_normal
 from axmoe_lite.models import TOPOLOGIES
@@ -504,3 +504,47 @@ def test_the_table_is_the_one_we_read():
     assert [claims.CLAIMS[name].source for name in ("C1", "C5", "M1", "O1")] == ["abstract"] * 2 + ["deduced", "ours"]
     dense, hard = (next(n for n in claims.NUMBERS if n.id == row) for row in ("N11", "N12"))
     assert dense.exact - dense.top1 == pytest.approx(6.46) and hard.exact - hard.top1 == pytest.approx(1.74)
+
+
+def test_the_committed_ledger_is_what_the_committed_rows_say():
+    said, now = runs.read("claims"), claims.judged()
+    stale = "rows have come; run " + ledger.MADE_BY
+    for column in ("claim", "part", "statement", "verdict"):
+        assert [line[column] for line in said] == [line[column] for line in now], stale
+    for column in ("effect", "low", "high"):
+        numbers = [
+            [float(line[column]) if line[column] not in ("", None) else math.nan for line in both]
+            for both in (said, now)
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.01, nan_ok=True), stale
+
+
+def test_rows_of_another_retraining_are_left_out(monkeypatch):
+    row = {
+        "epochs": "60",
+        "retrain_epochs": "5",
+        "retrain_images": "2500",
+        "retrain_lr": "0.005",
+        "regime": "retrained",
+    }
+    rows = [row, {**row, "retrain_images": "50000", "retrain_lr": "0.1"}, {**row, "epochs": "1"}]
+    rows += [{**row, "regime": "not retrained", "retrain_epochs": "0", "retrain_images": "0", "retrain_lr": "0"}]
+    monkeypatch.setattr(ledger.runs, "read", lambda name: rows if name == claims.STUDIES["resnet20"] else [])
+    assert claims.recorded() == ([rows[0], rows[3]], [])
+
+
+def test_publish_drops_lines_that_nothing_supports(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger.paths, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "recorded", lambda: ([], []))
+    claims.publish()
+    rows = runs.read("claims")
+    assert {row["verdict"] for row in rows} == {"not testable here"} and {row["dataset"] for row in rows} == {"none"}
+    assert sum(row["part"] == claims.WHOLE for row in rows) == len(claims.CLAIMS) + len(claims.NUMBERS) - rest(rows)
+    monkeypatch.setattr(ledger, "judged", lambda: rows[:1])
+    claims.publish()
+    assert len(runs.read("claims")) == 1
+
+
+def rest(rows):
+    """Printed numbers that share a line."""
+    return len(claims.NUMBERS) - len({row["claim"] for row in rows if row["claim"].startswith("N")})

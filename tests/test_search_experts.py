@@ -17,6 +17,7 @@ from axmoe_lite.search import (
     Score,
     Trial,
     additive,
+    compare,
     dominates,
     explore,
     groups,
@@ -511,3 +512,20 @@ def test_a_multiplier_without_a_power_has_no_price(dense, textures, base, monkey
     monkeypatch.setattr(space, "multiplier", lambda name: powerless if name == "mine" else multiplier(name))
     with pytest.raises(ValueError, match="The power of multiplier 'mine' is not known"):
         search(dense, textures, ["mine"], base=base, **PLAIN)
+
+
+def test_a_table_of_comparisons_names_its_families():
+    images = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    costs, families = (1.0, 1.0, 0.5), ("a", "b", "b")
+    rows = [
+        {"family": f, "p_norm": c, "loss": 1 - right.mean(), "top1": right.mean(), "n_test": 4}
+        | {"answers": study.pack_answers(right)}
+        for f, c, right in zip(families, costs, images, strict=True)
+    ]
+    (line,) = compare(rows, [("a", "b")])
+    # At a budget of 1 a answers one image of four more; below it a cannot be afforded, and b answers two.
+    assert (line["front"], line["against"], line["dominates"]) == ("a", "b", False)
+    assert line["largest_gap"] == pytest.approx(25) and line["lead"] == pytest.approx(-50)
+    assert line["low"] <= line["lead"] <= line["high"]
+    with pytest.raises(ValueError, match="No row belongs to the family 'c'; there are a, b"):
+        compare(rows, [("a", "c")])

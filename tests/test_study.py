@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 from axmoe_lite import EVOAPPROX, cost, datasets, models, moe, multiplier, study, train
-from axmoe_lite.layers import approximate, default_layers
+from axmoe_lite.layers import approximate, assignment_of, default_layers
+from axmoe_lite.study import networks
+from axmoe_lite.study import rows as in_rows
 from axmoe_lite.train import loop
 
 TINY = {"upcycle_epochs": 0, "experts": 2, "gateway": "resnet8", "progress": False}
 ONCE = {"retrain_epochs": 1, "retrain_options": {"batch_size": 8, "augment": "none"}, "progress": False}
 KEYS = (  # noqa: SIM905
-    "multiplier regime retrain_epochs retrain_images top1 correct outcome p_norm approximated_share macs macs_static parameters"
-    " energy_pj delay_ns digest power_mw mean_error seconds answers"
+    "multiplier regime retrain_epochs retrain_images top1 correct outcome p_norm approximated_share macs macs_static"
+    " parameters energy_pj delay_ns digest power_mw mean_error seconds answers"
 ).split()
 
 
@@ -126,7 +128,7 @@ def test_known_rows_are_skipped(small):
     ],
 )
 def test_unknown_names_are_refused_before_training(options, problem, small, monkeypatch):
-    monkeypatch.setattr(study, "fit", no_training)
+    monkeypatch.setattr(networks, "fit", no_training)
     options = {"network": "resnet8", **options}
     with pytest.raises(ValueError, match=problem):
         study.exact(options.pop("network"), small, epochs=1, **options)
@@ -142,9 +144,9 @@ def test_unknown_names_are_refused_before_training(options, problem, small, monk
         ({"retrain_epochs": -1}, "retrain_epochs is -1"),
     ],
 )
-def test_unknown_names_are_refused_before_measuring(options, problem, small, monkeypatch):
+def test_unknown_names_are_refused_before_in_rows(options, problem, small, monkeypatch):
     for work in ("predict", "calibrate"):
-        monkeypatch.setattr(study, work, no_training)
+        monkeypatch.setattr(in_rows, work, no_training)
     monkeypatch.setattr(cost, "count", no_training)
     network = models.resnet8(classes=3)
     with pytest.raises(ValueError, match=problem):
@@ -164,7 +166,7 @@ def test_the_network_is_left_as_it_was(small):
     before, modes = weights(network), [m.training for m in network.modules()]
     list(study.measure(network, small, ["float32", "mul8s_1L2L"], **ONCE))
     assert same(before, weights(network)) and modes == [m.training for m in network.modules()]
-    assert not study.assignment_of(network) and all(p.requires_grad for p in network.parameters())
+    assert not assignment_of(network) and all(p.requires_grad for p in network.parameters())
 
 
 def test_any_network_can_be_measured_and_upcycled(small):
@@ -275,7 +277,7 @@ def test_half_finished_retraining_is_resumed(small, tmp_path, monkeypatch):
 
 def test_a_rows_seconds_are_its_own(small, monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(study, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(in_rows, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     rows = list(study.measure(narrow("resnet8", small), small, ["mul8s_1KV6", "mul8s_1L2L"], **ONCE))
     assert [row["seconds"] for row in rows] == [1.0] * 4  # from one look at the clock to the next
 
@@ -301,8 +303,8 @@ def test_answers_say_which_images_were_right(small):
 
 
 def test_options_reach_calibration(small, monkeypatch):
-    seen, real = [], study.calibrate
-    monkeypatch.setattr(study, "calibrate", lambda *given, **options: seen.append(options) or real(*given, **options))
+    seen, real = [], in_rows.calibrate
+    monkeypatch.setattr(in_rows, "calibrate", lambda *given, **options: seen.append(options) or real(*given, **options))
     options = {"n": 5, "per_channel": True}
     list(study.measure(narrow("resnet8", small), small, ["mul8s_1KV6"], calibrate_options=options, progress=False))
     assert seen == [options]

@@ -48,10 +48,12 @@ def effects(lines: Iterable[Mapping]) -> alt.LayerChart:
         legend=alt.Legend(orient="top"),
     )
     tips = [alt.Tooltip(c, format="+.2f") for c in ("effect", "low", "high")] + [alt.Tooltip(c) for c in _TOLD]
-    x = alt.X("effect:Q", title="difference, points of accuracy (95 % interval)")
+    x = {"title": "difference, points of accuracy (95 % interval)"}
     zero = alt.Chart(pd.DataFrame({"x": [0]})).mark_rule(color="#999", strokeDash=[4, 4]).encode(x="x:Q")
-    spans = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=x.title), x2="high:Q", y=y, color=colour)
-    points = base.mark_point(filled=True, size=70, opacity=1).encode(x=x, y=y, color=colour, tooltip=tips)
+    spans = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", **x), x2="high:Q", y=y, color=colour)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(
+        x=alt.X("effect:Q", **x), y=y, color=colour, tooltip=tips
+    )
     told = {name: f"{name}: {done} of {of} comparisons could be made" for name, done, of in counts.itertuples()}
     title = alt.Title(alt.ExprRef(f"({json.dumps(told)})[effects_claim]"))
     return alt.layer(zero, spans, points).add_params(menu).properties(width=420, height=alt.Step(20), title=title)

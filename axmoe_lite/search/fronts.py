@@ -213,7 +213,6 @@ def _resampled(
     return a - b
 
 
-
 def compare(rows: Iterable[dict], pairs: Iterable[tuple[str, ...]], *, floor: float = 0.0) -> list[dict]:
     """Families of assignments against each other, by :func:`dominates`, as lines of a table in points.
 
