@@ -548,3 +548,10 @@ def test_publish_drops_lines_that_nothing_supports(tmp_path, monkeypatch):
 def rest(rows):
     """Printed numbers that share a line."""
     return len(claims.NUMBERS) - len({row["claim"] for row in rows if row["claim"].startswith("N")})
+
+
+def test_one_seed_is_said_and_two_are_not():
+    for seeds, said in (((0,), True), ((0, 1), False)):
+        lines = judge(*study(["resnet20"], lambda topology, name, regime: 0.6 - 0.2 * (name == KVA), seeds=seeds))
+        assert ("One seed" in whole(lines, "C1")["reason"]) == said
+        assert "One seed" not in whole(lines, "C2")["reason"], "nothing was measured there"

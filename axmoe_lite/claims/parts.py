@@ -14,6 +14,7 @@ from axmoe_lite.claims.statistics import Interval, holm, paired_t
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS = ("reproduced", "not reproduced", "not testable here")
 LEVEL = 0.05  # not from the paper
+ONE_SEED = " One seed: what another training would give is not in the interval."
 COLUMNS = (
     "claim", "part", "statement", "source", "network", "comparison", "measured", "effect", "low", "high", "p", "test",
     "seeds", "n_test", "verdict", "reason",
@@ -101,7 +102,10 @@ def lines(parts: list[Part], *, claim: str, statement: str, source: str, measure
     p_holm = dict(zip((part.name for part in tested), corrected, strict=True))
     common = {"claim": claim, "statement": statement, "source": source}
     below = [_part_line(part, p_holm.get(part.name), len(tested)) | common for part in parts]
-    return [in_order(line) for line in (_summary(parts, below, p_holm, measured) | common, *below)]
+    whole = _summary(parts, below, p_holm, measured) | common
+    if tested and all(part.found.interval.n_seeds == 1 for part in tested):
+        whole["reason"] += ONE_SEED
+    return [in_order(line) for line in (whole, *below)]
 
 
 def in_order(line: dict) -> dict:

@@ -212,6 +212,7 @@ def _needed(groups: dict[str, list[str]], names: Sequence[str], candidates: int)
 
 
 def check_groups(groups: dict[str, list[str]]) -> None:
+    """Refuse groups that are empty or overlap."""
     if not groups or not all(groups.values()):
         empty = [name for name, layers in groups.items() if not layers]
         what = f"group {empty[0]!r} has no layers" if empty else "there are no groups"
@@ -231,6 +232,7 @@ def check_options(
     budget: int | None = None,
     objective: str = "divergence",
 ) -> None:
+    """Refuse numbers that no search can be run with."""
     check_groups(groups)
     moe.check_option("objective", objective, OBJECTIVES)
     if candidates < 1 or refine < 0:
