@@ -202,7 +202,7 @@ def test_a_wide_table_fits_a_terminal_and_a_long_one_says_what_it_leaves_out(els
 def test_the_committed_rows_compare():
     found = compare(
         "axmoe_resnet20_cifar100:regime=not retrained",
-        "axmoe_resnet20_cifar100:regime=retrained,retrain_epochs=5",
+        "axmoe_resnet20_cifar100:regime=retrained,retrain_images=2500",
     )
     assert len(found.pairs) >= 5 and "float32" in set(found.only_in_a["multiplier"])
     assert paths.results_dir().is_dir() and max(map(len, table(found).splitlines())) <= 120
