@@ -29,7 +29,12 @@ def sensitivities(rows: Iterable[Mapping], *, title: str) -> alt.LayerChart:
     table["moved"] = table["more_divergence"].clip(lower=1e-4)  # the scale is logarithmic; noise may be below 0
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
     power = sorted(set(table["multiplier"]), key=lambda name: -multiplier(name).power_mw)
-    x = alt.X("short:N", title="multiplier, cheaper to the right", sort=[name.replace("mul8s_1", "") for name in power])
+    x = alt.X(
+        "short:N",
+        title="multiplier, cheaper to the right",
+        sort=[name.replace("mul8s_1", "") for name in power],
+        axis=alt.Axis(labelAngle=0),
+    )
     y = alt.Y("group:N", title=None, sort=None, axis=alt.Axis(labelLimit=260))
     kept = ["group", "layers", "multiplier", "short", "moved", "more_divergence", "more_loss", "accuracy", "saved"]
     return (
