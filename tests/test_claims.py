@@ -533,8 +533,7 @@ def test_rows_of_another_retraining_are_left_out(monkeypatch):
     assert claims.recorded() == ([rows[0], rows[3]], [])
 
 
-def test_publish_drops_lines_that_nothing_supports(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger.paths, "results_dir", lambda: tmp_path)
+def test_publish_drops_lines_that_nothing_supports(elsewhere, monkeypatch):
     monkeypatch.setattr(ledger, "recorded", lambda: ([], []))
     claims.publish()
     rows = runs.read("claims")

@@ -165,10 +165,10 @@ def _paid(paid: cost.Price, macs: cost.Macs) -> dict:
     }
 
 
-def pack_answers(right: Tensor) -> str:
+def pack_answers(right: Tensor | np.ndarray | list[bool]) -> str:
     """Which test images were answered right, bool [N], as base64 of their bits in the order of the set.
 
-    >>> pack_answers(torch.tensor([True, False, True]))
+    >>> pack_answers([True, False, True])
     'oA=='
     """
     return base64.b64encode(np.packbits(np.asarray(right, bool))).decode()
