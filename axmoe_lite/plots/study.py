@@ -43,7 +43,7 @@ from axmoe_lite.study import NETWORKS, REGIMES
 ALL = "all"
 _SHADES = dict(zip(TOPOLOGIES, COLOURS.range, strict=True))
 _MARKS = dict(zip(REGIMES, ("circle", "diamond", "square", "circle"), strict=True))
-_WIDTH, _HEIGHT = 580, 320
+_WIDTH, _HEIGHT = 490, 300  # with axis and legend as wide as a page of the book
 
 
 def resilience_curves(rows: list[dict]) -> alt.LayerChart:
@@ -151,7 +151,7 @@ def recovery(rows: list[dict]) -> alt.VConcatChart:
             marks.encode(x=x, fill=fill, opacity=faded, shape=alt.Shape("mark:N", scale=None), tooltip=tips),
             none.mark_text(align="left", fontSize=10, color="#999").encode(x=alt.value(3), text=alt.value("not run")),
         )
-        panels.append(panel.properties(width=160, height=alt.Step(25), title=_heading(topology, shade)))
+        panels.append(panel.properties(width=124, height=alt.Step(25), title=_heading(topology, shade)))
     title = _title(
         "'What comes back, and by which means? '+recovery_network",
         "Marks: means over seeds. Strokes: the seeds. Dashed: the exact multiplier, not retrained. Percent: power.",
@@ -259,10 +259,10 @@ def heat_map(rows: list[dict], *, value: str = "lost") -> alt.LayerChart:
         nothing.mark_rect(fill="#f3f3f3", stroke="#ccc", strokeDash=[3, 3]),
         nothing.mark_text(fontSize=10, color="#aaa").encode(text=alt.value("not run")),
         cells.mark_rect(stroke="#bbb", invalid=None).encode(color=colour),
-        cells.mark_text(fontSize=12).encode(text="text:N", color=dark),
+        cells.mark_text(fontSize=11).encode(text="text:N", color=dark),
     )
     heading = _title(f"'{what}'+heat_network+', '+heat_regime", says)
-    return chart.add_params(*menus).properties(width=alt.Step(54), height=alt.Step(40), title=heading)
+    return chart.add_params(*menus).properties(width=alt.Step(42), height=alt.Step(40), title=heading)
 
 
 def coverage_chart(
