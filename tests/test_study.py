@@ -347,3 +347,20 @@ def test_run_is_seeded_throughout(small):
     one, two = (list(study.run("resnet8", small, seed=seed, **options))[1]["answers"] for seed in (0, 1))
     again = list(study.run("resnet8", small, seed=0, **options))[1]["answers"]
     assert one == again and one != two
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"network": "resnet9"}, "'resnet9'. Did you mean 'resnet8'"),
+        ({"topology": "hrad"}, "'hrad'. Did you mean 'hard'"),
+        ({"gateway": "resnet65"}, "'resnet65'. Did you mean 'resnet56'"),
+        ({"regimes": ["norm refreshed"]}, "'norm refreshed'. Did you mean 'norms refreshed'"),
+        ({"multipliers": ["float32", "mul8s_1L2K"]}, "mul8s_1L2K"),
+    ],
+)
+def test_run_refuses_typos_before_any_training(wrong, problem, small, monkeypatch):
+    monkeypatch.setattr(networks, "fit", no_training)
+    options = {"network": "resnet8", "topology": "hard", "multipliers": ["mul8s_1L2L"], "epochs": 1, **wrong}
+    with pytest.raises(ValueError, match=problem):
+        study.run(options.pop("network"), small, **options)  # no row was asked for yet

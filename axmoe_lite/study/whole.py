@@ -9,8 +9,10 @@ from typing import Any
 
 from axmoe_lite import cost
 from axmoe_lite.datasets import Images
-from axmoe_lite.study.networks import device_of, exact
-from axmoe_lite.study.rows import measure
+from axmoe_lite.models import TOPOLOGIES
+from axmoe_lite.multipliers import multiplier
+from axmoe_lite.study.networks import NETWORKS, check_known, device_of, exact
+from axmoe_lite.study.rows import REGIMES, measure
 from axmoe_lite.train import recipe
 
 KEY = ("network", "topology", "experts", "r", "seed", "epochs", "upcycle_epochs", "multiplier", "regime")
@@ -85,21 +87,42 @@ def run(
     Returns:
         An iterator over the rows of :func:`measure`, each with ``network``, ``topology``, ``experts``, ``r``,
         ``gateway`` and ``upcycle_epochs`` (1, 0, "" and 0 for a dense network) and ``retrain_lr``.
+
+    Raises:
+        ValueError: by the call itself, before anything is trained: for a network, topology, gateway, regime or
+            multiplier that does not exist.
     """
-    common = {"epochs": epochs, "seed": seed, "build_options": build_options, "fit_options": fit_options}
-    common |= {"folder": folder, "progress": progress, "gateway": gateway, **(exact_options or {})}
-    dense = exact(network, images, **common)
-    base = cost.count(dense, images.normalised(images.x_test[:1].to(device_of(dense))))
-    made, said = dense, {"experts": 1, "r": 0, "gateway": "", "upcycle_epochs": 0}
-    if topology != "dense":
-        mixture = {"topology": topology, "upcycle_epochs": upcycle_epochs, "experts": experts, "r": r}
-        made = exact(dense if folder is None else network, images, **mixture, **common)
-        said = {"experts": experts, "r": r, "gateway": "", "upcycle_epochs": upcycle_epochs}
-        said |= {"r": 0, "gateway": gateway} if topology == "cluster" else {}  # which has no eligible layers
-    chosen = {**recipe(made, stage="retrain"), "seed": seed, **(fit_options or {}), **(retrain_options or {})}
-    name = f"retrain-{network}-{topology}-{images.name}-seed{seed}-{{multiplier}}.safetensors"
-    file = None if folder is None else Path(folder) / name
-    options = {"base": base, "skip": skip, "checkpoint": file, "progress": progress, "retrain_options": chosen}
-    for row in measure(made, images, multipliers, **options, **measuring):
-        lr = chosen["lr"] if row["regime"] == "retrained" else 0
-        yield {"network": network, "topology": topology, **said, **row, "retrain_lr": lr}
+    multipliers = list(multipliers)
+    measuring["regimes"] = None if measuring.get("regimes") is None else list(measuring["regimes"])
+    for kind, names, known in (
+        ("network", [network], NETWORKS),
+        ("topology", [topology], TOPOLOGIES),
+        ("gateway", [gateway], NETWORKS),
+        ("regime", measuring.get("regimes") or (), REGIMES),
+    ):
+        for name in names:
+            check_known(kind, name, known)
+    for name in multipliers:
+        if name != "float32":
+            multiplier(name)
+
+    def rows() -> Iterator[dict]:
+        common = {"epochs": epochs, "seed": seed, "build_options": build_options, "fit_options": fit_options}
+        common |= {"folder": folder, "progress": progress, "gateway": gateway, **(exact_options or {})}
+        dense = exact(network, images, **common)
+        base = cost.count(dense, images.normalised(images.x_test[:1].to(device_of(dense))))
+        made, said = dense, {"experts": 1, "r": 0, "gateway": "", "upcycle_epochs": 0}
+        if topology != "dense":
+            mixture = {"topology": topology, "upcycle_epochs": upcycle_epochs, "experts": experts, "r": r}
+            made = exact(dense if folder is None else network, images, **mixture, **common)
+            said = {"experts": experts, "r": r, "gateway": "", "upcycle_epochs": upcycle_epochs}
+            said |= {"r": 0, "gateway": gateway} if topology == "cluster" else {}  # which has no eligible layers
+        chosen = {**recipe(made, stage="retrain"), "seed": seed, **(fit_options or {}), **(retrain_options or {})}
+        name = f"retrain-{network}-{topology}-{images.name}-seed{seed}-{{multiplier}}.safetensors"
+        file = None if folder is None else Path(folder) / name
+        options = {"base": base, "skip": skip, "checkpoint": file, "progress": progress, "retrain_options": chosen}
+        for row in measure(made, images, multipliers, **options, **measuring):
+            lr = chosen["lr"] if row["regime"] == "retrained" else 0
+            yield {"network": network, "topology": topology, **said, **row, "retrain_lr": lr}
+
+    return rows()
