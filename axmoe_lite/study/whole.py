@@ -51,9 +51,9 @@ AT_HAND: dict[str, dict] = {
 }
 """How far two CPU cores get: a set of images for :func:`axmoe_lite.datasets.load`, and options of :func:`run`.
 
-The paper is said to retrain on all images with lr 0.1. On so few images that ends far below where it began (52 % after
-67 % on ResNet-20 under the exact circuit, tried once by hand), which 0.005 does not. How long it trains exactly is not known. ResNet-8 is
-for digits, at the quick scale."""
+The paper is said to retrain on all images with lr 0.1. On so few images that ended far below where it began (52 % after
+67 % on ResNet-20 under the exact circuit, tried once by hand), which 0.005 does not. How long it trains exactly is not
+known. ResNet-8 is for digits, at the quick scale."""
 
 
 def run(
