@@ -4,7 +4,7 @@
     space        explore, the search without a network: sensitivities, candidates, moves; Found
     additive     what sensitivities that add up foretell, solved exactly
     trial        one assignment on images that nobody reports: Trial, Score, hold_out
-    fronts       report on the test images; dominates: how far one front lies above another; compare
+    fronts       report on the test images; thin, dominates, compare
 
 A method is a function ``search(network, images, multipliers, ...)`` that returns assignments, each a dict from dotted
 layer names to multiplier names. It chooses on training images (:func:`hold_out` says which) and never sees the test
@@ -15,7 +15,7 @@ Chapter: 12, "A multiplier for each expert?"
 """
 
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
-from axmoe_lite.search.fronts import Dominance, compare, dominates, report
+from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.space import Found, explore
 from axmoe_lite.search.trial import REGIMES, Score, Trial, hold_out
 
@@ -33,5 +33,6 @@ __all__ = [
     "report",
     "search",
     "sensitivity",
+    "thin",
     "uniform",
 ]

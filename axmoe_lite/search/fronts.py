@@ -86,6 +86,35 @@ def report(
     return rows
 
 
+def thin(found: Iterable[Found], n: int = 24) -> list[Found]:
+    """What a front would choose for n budgets, evenly spaced from its cheapest point to its dearest.
+
+    A search of some effort returns fronts of a hundred points, and each costs a look at all test images. Budgets know
+    nothing of test images, so these are points like any others. Two budgets may choose the same one: it comes once.
+
+    Args:
+        found: of :func:`search`, in any order; a budget chooses the least divergence that it affords.
+        n: budgets, 1 (the dearest) or more.
+
+    Returns:
+        At most n, from the cheapest to the dearest.
+
+    Raises:
+        ValueError: for n below 1.
+
+    >>> front = [Found({"a": str(i)}, i / 100, 0.0, 1 - i / 100, 0.0, 0) for i in range(101)]
+    >>> [one.p_norm for one in thin(front, 5)]
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    if n < 1:
+        raise ValueError(f"n is {n!r}; it is a number of budgets, 1 or more.")
+    points = sorted(found, key=lambda one: (one.divergence, one.p_norm))
+    prices = [one.p_norm for one in points]
+    budgets = np.linspace(max(prices), min(prices), n) if points else []
+    chosen = [next(one for one in points if one.p_norm <= budget + 1e-12) for budget in budgets]
+    return sorted({id(one): one for one in chosen}.values(), key=lambda one: one.p_norm)
+
+
 @dataclass(frozen=True)
 class Dominance:
     """How far front a lies above front b, over the budgets of a box. Accuracies are in [0, 1].
