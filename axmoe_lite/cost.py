@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from axmoe_lite import moe
-from axmoe_lite.layers import Matmul, evaluating
+from axmoe_lite.layers import Choice, Matmul, chosen_multiplier, evaluating
 from axmoe_lite.layers.modules import Approximate
-from axmoe_lite.multipliers import EXACT, Multiplier, multiplier
+from axmoe_lite.multipliers import EXACT, Mosaic, Multiplier, multiplier
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, Matmul, Approximate)
 
@@ -216,7 +216,7 @@ def p_norm(*, executed: float, base: float, share: float, power_mw: float) -> fl
     return executed / base * (share * power_mw / multiplier(EXACT).power_mw + 1 - share)
 
 
-def price(macs: Macs, assignment: Mapping[str, str | Multiplier], *, base: Macs | float | None = None) -> Price:
+def price(macs: Macs, assignment: Mapping[str, Choice], *, base: Macs | float | None = None) -> Price:
     """What one input costs when layers multiply as the assignment says, and all others exactly.
 
     Args:
@@ -235,7 +235,7 @@ def price(macs: Macs, assignment: Mapping[str, str | Multiplier], *, base: Macs 
     >>> round(paid.p_norm, 2), round(paid.approximated_share, 4)
     (0.47, 0.9998)
     """
-    chosen = {name: m if isinstance(m, Multiplier) else multiplier(m) for name, m in assignment.items()}
+    chosen = {name: chosen_multiplier(choice) for name, choice in assignment.items()}
     _check_assignment(macs, chosen)
     exact = multiplier(EXACT)
     used = [(layer.executed, chosen.get(name, exact)) for name, layer in macs.layers.items()]
@@ -257,7 +257,7 @@ def price(macs: Macs, assignment: Mapping[str, str | Multiplier], *, base: Macs 
     )
 
 
-def _check_assignment(macs: Macs, chosen: dict[str, Multiplier]) -> None:
+def _check_assignment(macs: Macs, chosen: dict[str, Multiplier | Mosaic]) -> None:
     unknown = [name for name in chosen if name not in macs.layers]
     if unknown:
         raise ValueError(

@@ -15,13 +15,13 @@ Chapter: 02, "Why is an approximate product just a few exact ones?"
 
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from axmoe_lite.multipliers import Multiplier
+from axmoe_lite.multipliers import Mosaic, Multiplier
 from axmoe_lite.multipliers.families import BIT_WEIGHTS
 from axmoe_lite.multipliers.table import OPERANDS, Q
 
@@ -35,9 +35,11 @@ class Factors:
 
     Attributes:
         u: integers [R, Q]; u[r, a + 128] is what term r makes of the activation a.
-        v: integers [R, Q]; v[r, b + 128] is what term r makes of the weight b.
+        v: integers [R, Q]; v[r, b + 128] is what term r makes of the weight b. Of a mosaic [R, M Q], one multiplier
+            beside the other.
         masks: if every factor is an operand with bits cleared, the R pairs (p, q) of bit masks with
-            M(a, b) = sum over r of (a & p_r) * (b & q_r); otherwise None.
+            M(a, b) = sum over r of (a & p_r) * (b & q_r), of a mosaic the p alone matter; otherwise None.
+        shift: the sum is to be multiplied by 2^shift; 0 but in :func:`compact`.
 
     ``u`` and ``v`` are int64 tensors, or numpy arrays of Python integers where 64 bits are too few
     (possible only for tables of high rank, which are simulated by lookup anyway).
@@ -46,6 +48,7 @@ class Factors:
     u: Tensor | np.ndarray
     v: Tensor | np.ndarray
     masks: tuple[tuple[int, int], ...] | None
+    shift: int = 0
 
     @property
     def rank(self) -> int:
@@ -63,10 +66,10 @@ class Factors:
         return f"Factors(rank {self.rank}: {terms or '0'})"
 
 
-_found: "weakref.WeakKeyDictionary[Multiplier, Factors]" = weakref.WeakKeyDictionary()
+_found: "weakref.WeakKeyDictionary[Multiplier | Mosaic, Factors]" = weakref.WeakKeyDictionary()
 
 
-def factorise(multiplier: Multiplier) -> Factors:
+def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     """Exact factors of the smallest possible number of terms, remembered for as long as the multiplier lives.
 
     First the sixteen operands with a single bit set are looked at: if they determine the table, as in
@@ -77,46 +80,67 @@ def factorise(multiplier: Multiplier) -> Factors:
     The rank is proven: a minor that does not vanish modulo a prime bounds it from below, the
     factorisation, compared with the table on all pairs, from above.
 
+    The multipliers of a mosaic are factorised side by side, [M_0 | M_1 | ...]: terms that treat the activation
+    alike are shared.
+
     >>> from axmoe_lite.multipliers import multiplier
     >>> factorise(multiplier("mul8s_1L2J"))
     Factors(rank 1: (a & 0b11111110)(b & 0b11111110))
     >>> factorise(multiplier("mul8s_1KV8")).rank, factorise(multiplier("roba()")).rank
     (3, 2)
+    >>> factorise(multiplier("filter[roup(0,2), roup(0,4), roup(1,4)]")).rank  # 2, 3 and 2 terms alone
+    3
     """
+    if isinstance(multiplier, Mosaic):
+        return _factorise_together(multiplier.multipliers)
     if multiplier not in _found:
         factors = mask_factors(multiplier.table) or _lattice_factors(multiplier.table)
-        _verify(multiplier, factors)
+        _verify(multiplier.name, multiplier.table, factors)
         _found[multiplier] = factors
     return _found[multiplier]
 
 
-def _verify(multiplier: Multiplier, factors: Factors) -> None:
+@lru_cache(maxsize=256)
+def _factorise_together(multipliers: tuple[Multiplier, ...]) -> Factors:
+    table = torch.cat([m.table for m in multipliers], dim=1)
+    factors = mask_factors(table) or _lattice_factors(table)
+    _verify(" | ".join(m.name for m in multipliers), table, factors)
+    return factors
+
+
+def _verify(name: str, table: Tensor, factors: Factors) -> None:
     u, v = (np.asarray(side) for side in (factors.u, factors.v))  # int64 cannot wrap here: _narrow left room
-    product = u.T @ v if len(u) else np.zeros((Q, Q), np.int64)
-    assert (product == multiplier.table.numpy()).all(), f"{multiplier.name}: factors do not give back the table"
-    lower = rank_lower_bound(multiplier.table)
-    assert factors.rank == lower or lower > HIGHEST_MINIMAL_RANK, f"{multiplier.name}: rank is not minimal"
+    product = u.T @ v << factors.shift if len(u) else np.zeros(table.shape, np.int64)
+    assert (product == table.numpy()).all(), f"{name}: factors do not give back the table"
+    if not factors.shift:
+        lower = rank_lower_bound(table)
+        assert factors.rank == lower or lower > HIGHEST_MINIMAL_RANK, f"{name}: rank is not minimal"
 
 
 # ------------------------------------------------------------------- arrays: eight bits by eight
 
 
 def mask_factors(table: Tensor) -> Factors | None:
-    """Terms (a & p)(b & q) of a table that is a sum of bit products with weights 0 or 1, else None."""
-    single = torch.tensor([1, 2, 4, 8, 16, 32, 64, -128])
-    cells = table[single + 128][:, single + 128]
-    kept = (cells == BIT_WEIGHTS[:, None] * BIT_WEIGHTS[None, :]).int()
-    if not torch.equal(cells, kept * BIT_WEIGHTS[:, None] * BIT_WEIGHTS[None, :]):
+    """Terms (a & p)(b & q) of a table that is a sum of bit products with weights 0 or 1, else None.
+
+    Of M tables side by side, [Q, M Q], a term has one q for each.
+    """
+    single, tables = torch.tensor([1, 2, 4, 8, 16, 32, 64, -128]), table.shape[1] // Q
+    columns = (Q * torch.arange(tables)[:, None] + single + 128).flatten()
+    cells, weights = table[single + 128][:, columns], BIT_WEIGHTS[:, None] * BIT_WEIGHTS.repeat(tables)[None, :]
+    kept = (cells == weights).int()
+    if not torch.equal(cells, kept * weights):
         return None
     # Rows of the array that keep the same columns share a term: p collects the rows, q their columns.
     patterns: dict[tuple[int, ...], int] = {}
     for i, row in enumerate(kept.tolist()):
         if any(row):
             patterns[tuple(row)] = patterns.get(tuple(row), 0) | 1 << i
-    masks = tuple((p, sum(1 << j for j, keep in enumerate(row) if keep)) for row, p in patterns.items())
-    u = torch.stack([masked(OPERANDS, p) for p, _ in masks]) if masks else torch.zeros(0, Q)
-    v = torch.stack([masked(OPERANDS, q) for _, q in masks]) if masks else torch.zeros(0, Q)
-    u, v = u.long(), v.long()
+    masks = tuple((p, sum(1 << j for j, keep in enumerate(row[:8]) if keep)) for row, p in patterns.items())
+    bits = OPERANDS[:, None] >> torch.arange(8) & 1  # [Q, 8]
+    u = torch.stack([masked(OPERANDS, p) for p, _ in masks]).long() if masks else torch.zeros(0, Q).long()
+    v = torch.tensor(list(patterns)).view(len(masks), tables, 8) * BIT_WEIGHTS  # the bits of b that each term keeps
+    v = (v @ bits.T.to(v.dtype)).flatten(1).long()
     if not torch.equal(u.T @ v, table.long()) or len(masks) != rank_lower_bound(table):
         return None
     return Factors(u, v, masks)
@@ -229,6 +253,62 @@ def _narrow(u: np.ndarray, v: np.ndarray) -> tuple[Tensor, Tensor] | tuple[np.nd
     if bound >= 2**63:
         return u, v
     return torch.from_numpy(u.astype(np.int64)), torch.from_numpy(v.astype(np.int64))
+
+
+def compact(factors: Factors) -> Factors:
+    """The same sum with factors that are bytes, if it takes no more than a power of two and a few terms.
+
+    Rounded operands reach 128, and a weight rounded to a multiple of 16 times an activation rounded to one of 4 is
+    64 times a product of small numbers. So powers of two go from where there is no room to where there is some, what
+    all terms have in common to ``shift``, a factor that reaches +128 changes its sign with its partner, and one that
+    is still too large is written as a sum of smaller ones. More than twice the terms would not pay.
+
+    >>> from axmoe_lite.multipliers import multiplier
+    >>> small = compact(factorise(multiplier("pr(1,4)")))  # round(a, 16) round(b, 4): -128..128 times -128..128
+    >>> small.largest, small.shift
+    (([8], [32]), 6)
+    """
+    if factors.masks is not None or not factors.rank or not isinstance(factors.u, Tensor):
+        return factors
+    twos = [[_twos(row) for row in side] for side in (factors.u, factors.v)]
+    shift = min(x + y for x, y in zip(*twos, strict=True))
+    u, v = [], []
+    for row_u, row_v, x, y in zip(factors.u, factors.v, *twos, strict=True):
+        row_u, row_v, left = row_u >> x, row_v >> y, x + y - shift
+        while left and _fits(row_v << 1):
+            row_v, left = row_v << 1, left - 1
+        while left and _fits(row_u << 1):
+            row_u, left = row_u << 1, left - 1
+        row_v = row_v << left
+        if not (_fits(row_u) and _fits(row_v)):
+            row_u, row_v = -row_u, -row_v
+        if _pieces(row_u) * _pieces(row_v) > 2 * factors.rank:
+            return factors
+        parts = _parts(row_u), _parts(row_v)
+        u += [a for a in parts[0] for _ in parts[1]]
+        v += [b for _ in parts[0] for b in parts[1]]
+    return Factors(torch.stack(u), torch.stack(v), None, shift) if len(u) <= 2 * factors.rank else factors
+
+
+def _fits(row: Tensor) -> bool:
+    return int(row.min()) >= -128 and int(row.max()) <= 127
+
+
+def _pieces(row: Tensor) -> int:
+    """How many rows of bytes it takes to add up to the row."""
+    return max(1, -(-int(row.max()) // 127), -(int(row.min()) // 128))
+
+
+def _parts(row: Tensor) -> list[Tensor]:
+    """These rows, as equal as can be."""
+    n = _pieces(row)
+    return [(row + i).div(n, rounding_mode="floor") for i in range(n)]
+
+
+def _twos(row: Tensor) -> int:
+    """How often 2 divides all entries."""
+    common = int(np.gcd.reduce(row.numpy()))
+    return (common & -common).bit_length() - 1
 
 
 # --------------------------------------------------------------- which arithmetic is exact

@@ -13,27 +13,27 @@ Chapter: 06, "Faster than float32?"
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from axmoe_lite.factors import HIGHEST_MINIMAL_RANK, factorise
+from axmoe_lite.factors import HIGHEST_MINIMAL_RANK
 from axmoe_lite.kernels import factored, lookup, reference, triton
-from axmoe_lite.multipliers import EXACT, Multiplier
+from axmoe_lite.multipliers import EXACT, Mosaic, Multiplier
 from axmoe_lite.multipliers import multiplier as by_name
 
 PATHS = ("auto", "factored", "lookup", "reference")
 ALWAYS_FACTORED = factored.FEW_TERMS  # these need no measurement
 
 
-def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") -> Tensor:
+def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic, *, path: str = "auto") -> Tensor:
     """Approximate matrix product: out[..., m, n] = sum over k of M(a[..., m, k], b[..., k, n]).
 
     Args:
         a: the first operands (activations), integers in -128..127, [..., M, K].
         b: the second operands (weights), integers in -128..127, [..., K, N]; the dots stand for the same
-            batch dimensions in both, or for none.
+            batch dimensions in both, or for none. A mosaic's filters are the N, its channels the K.
         path: ``"auto"``, ``"factored"``, ``"lookup"`` or ``"reference"``; all give the same bits.
 
     Returns:
@@ -56,9 +56,16 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") 
         )
     _check_sums(a.shape[-1], multiplier)
     chosen = _choose(path, multiplier, a.shape[-1], 1, a.device)
+    if isinstance(multiplier, Mosaic):
+        multiplier.check_fits("b, transposed,", b.mT.shape)
+    if chosen in ("factored", "reference"):
+        b = multiplier.columns(b.mT).mT
     if chosen == "factored":
         return factored.matmul(a, b, multiplier)
     product = {"lookup": lookup.matmul, "triton": triton.matmul, "reference": reference.matmul}[chosen]
+    if isinstance(multiplier, Mosaic) and chosen != "reference":
+        parts = ((part.mT, table) for part, table in _layers_of(multiplier, b.mT))
+        return sum(product(a, part, table) for part, table in parts)
     if a.ndim == 2:
         return product(a, b, multiplier.table)
     out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
@@ -71,7 +78,7 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier, *, path: str = "auto") 
 def conv2d(
     x: Tensor,
     weight: Tensor,
-    multiplier: Multiplier,
+    multiplier: Multiplier | Mosaic,
     *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
@@ -103,13 +110,34 @@ def conv2d(
     _check_sums(fan_in, multiplier)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     chosen = _choose(path, multiplier, fan_in, kernel, x.device)
+    if isinstance(multiplier, Mosaic):
+        multiplier.check_fits("weight", weight.shape)
     if chosen == "factored":
-        return factored.conv2d(x, weight, multiplier, **options)
+        return factored.conv2d(x, multiplier.columns(weight), multiplier, **options)
     product = {"lookup": lookup.conv2d, "triton": triton.conv2d, "reference": reference.conv2d}[chosen]
-    return product(x, weight, multiplier.table, **options)
+    if isinstance(multiplier, Mosaic) and chosen != "reference":
+        return sum(product(x, part, table, **options) for part, table in _layers_of(multiplier, weight))
+    return product(x, multiplier.columns(weight), multiplier.table, **options)
 
 
-def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, device: torch.device) -> str:
+def _layers_of(mosaic: Mosaic, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A mosaic as a sum of ordinary products, for paths that know one table: elsewhere each has a column of zeros.
+
+    That column is the one of code -128, which quantised weights never take.
+    """
+    if bool((weight == -128).any()):
+        raise ValueError(
+            "A mosaic of so high a rank is looked up with code -128 as nothing, and there are weights of -128; give"
+            " codes in -127..127, as quantise() does, or use path='reference'."
+        )
+    places = mosaic.places if weight.ndim == 4 else mosaic.places[..., 0, 0]
+    for place, one in enumerate(mosaic.multipliers):
+        table = one.table.clone()
+        table[:, 0] = 0
+        yield torch.where(places.to(weight.device) == place, weight, -128).to(torch.int8), table
+
+
+def _choose(path: str, multiplier: Multiplier | Mosaic, fan_in: int, together: int, device: torch.device) -> str:
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; it can be {', '.join(map(repr, PATHS))}.")
     if path == "reference":
@@ -128,8 +156,8 @@ def _choose(path: str, multiplier: Multiplier, fan_in: int, together: int, devic
     return "factored" if path == "factored" or cheap else by_table
 
 
-def _crossover(multiplier: Multiplier, fan_in: int, device: torch.device) -> int:
-    on_units = factored.units(factorise(multiplier), fan_in, device)
+def _crossover(multiplier: Multiplier | Mosaic, fan_in: int, device: torch.device) -> int:
+    on_units = factored.units(factored.factors_of(multiplier), fan_in, device)
     return crossover_rank("int8" if on_units else "float32") if device.type == "cpu" else 16  # not measured
 
 
@@ -190,7 +218,7 @@ def _operand(name: str, values: Tensor, dimensions: int, *, more: bool = False) 
     return values.to(torch.int8)
 
 
-def _check_sums(fan_in: int, multiplier: Multiplier) -> None:
+def _check_sums(fan_in: int, multiplier: Multiplier | Mosaic) -> None:
     if fan_in * multiplier.largest >= 2**31:
         raise ValueError(
             f"{fan_in} products of up to {multiplier.largest} ({multiplier.name!r}) can leave the 32-bit accumulator;"

@@ -18,50 +18,60 @@ import functools
 import torch
 from torch import Tensor
 
-from axmoe_lite.factors import Arithmetic, Factors, exact_arithmetic, factorise, masked
+from axmoe_lite.factors import Arithmetic, Factors, compact, exact_arithmetic, factorise, masked
 from axmoe_lite.kernels import cuda, int8
 from axmoe_lite.kernels.encode import encode, unsigned
-from axmoe_lite.multipliers import Multiplier
+from axmoe_lite.multipliers import Mosaic, Multiplier
 
 FEW_TERMS = 5  # what the EvoApproxLib circuits need at most; beyond, lookups may be cheaper
 
 
-def rank(multiplier: Multiplier) -> int:
+def factors_of(multiplier: Multiplier | Mosaic) -> Factors:
+    """The factors to multiply with: as bytes where that is possible (:func:`axmoe_lite.factors.compact`)."""
+    return _compacted(factorise(multiplier))
+
+
+@functools.lru_cache(maxsize=512)
+def _compacted(factors: Factors) -> Factors:
+    return compact(factors)
+
+
+def rank(multiplier: Multiplier | Mosaic) -> int:
     """How many exact products one approximate product takes."""
-    return factorise(multiplier).rank
+    return factors_of(multiplier).rank
 
 
-def possible(multiplier: Multiplier, fan_in: int, together: int, device: torch.device) -> bool:
+def possible(multiplier: Multiplier | Mosaic, fan_in: int, together: int, device: torch.device) -> bool:
     """Whether the sums are provably exact; ``together`` products (one kernel's cells) cannot be cut apart."""
-    factors = factorise(multiplier)
+    factors = factors_of(multiplier)
     return units(factors, fan_in, device) or _arithmetic(factors, fan_in, together, device).name != "none"
 
 
-def matmul(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor:
-    """int8 [..., M, K] and [..., K, N] to int32 [..., M, N], equal to the law in every bit."""
-    factors, fan_in = factorise(multiplier), a.shape[-1]
+def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic) -> Tensor:
+    """int8 [..., M, K] and columns [..., K, N] (of a table) to int32 [..., M, N], equal to the law in every bit."""
+    factors, fan_in = factors_of(multiplier), a.shape[-1]
     if factors.rank == 0 or 0 in (*a.shape, *b.shape):
         return torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
     arithmetic = _arithmetic(factors, fan_in, 1, a.device)
     if units(factors, fan_in, a.device) and (a.ndim == 2 or arithmetic.chunk < fan_in):
-        return _matmul_in_bytes(a, b, factors)
+        return shifted(_matmul_in_bytes(a, b, factors), factors)
     # A batch of small products: floats, where they need no cutting, have one call for all of it.
     dtype, total = getattr(torch, arithmetic.name), None
     for start in range(0, fan_in, arithmetic.chunk):
         part = slice(start, start + arithmetic.chunk)
         sums = _in_floats(a[..., part], b[..., part, :], factors, dtype).to(torch.int32)
         total = sums if total is None else total.add_(sums)
-    return total
+    return shifted(total, factors)
 
 
 def float_sums(a: Tensor, b: Tensor, multiplier: Multiplier) -> Tensor | None:
     """As :func:`matmul` for a batch, but as float32 [..., M, N], if they are exact there without cutting; else None."""
-    factors, fan_in = factorise(multiplier), a.shape[-1]
+    factors, fan_in = factors_of(multiplier), a.shape[-1]
     if a.ndim == 2 or factors.rank == 0 or factors.rank > FEW_TERMS or 0 in (*a.shape, *b.shape):
         return None
     arithmetic = _arithmetic(factors, fan_in, 1, a.device)
     exact = arithmetic.name == "float32" and arithmetic.chunk >= fan_in
-    return _in_floats(a, b, factors, torch.float32) if exact else None
+    return _in_floats(a, b, factors, torch.float32).mul_(2.0**factors.shift) if exact else None
 
 
 def _in_floats(a: Tensor, b: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
@@ -72,7 +82,12 @@ def _in_floats(a: Tensor, b: Tensor, factors: Factors, dtype: torch.dtype) -> Te
 
 
 def _matmul_in_bytes(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
-    left, right = encode(a, factors, "u"), encode(b.mT, factors, "v").mT  # [..., M, R K], [..., R K, N]
+    # [..., M, R K] and [..., R K, N]. Only codes can be encoded; the columns of a mosaic are looked up.
+    left, columns = encode(a, factors, "u"), b.mT
+    right = (
+        encode(columns, factors, "v") if b.dtype == torch.int8 else _terms(columns, factors, "v", torch.int8, axis=-1)
+    )
+    right = right.mT
     product = cuda.matmul if a.device.type == "cuda" else int8.matmul
     if a.ndim == 2:
         return product(left, right)
@@ -83,15 +98,15 @@ def _matmul_in_bytes(a: Tensor, b: Tensor, factors: Factors) -> Tensor:
 def conv2d(
     x: Tensor,
     weight: Tensor,
-    multiplier: Multiplier,
+    multiplier: Multiplier | Mosaic,
     *,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """int8 [N, C, H, W] and [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
-    factors = factorise(multiplier)
+    """int8 [N, C, H, W] and columns [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
+    factors = factors_of(multiplier)
     by_hand, padding = border(padding, factors)
     x = padded(x, by_hand)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -101,7 +116,8 @@ def conv2d(
         return torch.zeros(shape, dtype=torch.int32, device=x.device)
     per_group, kernel = weight.shape[1], weight.shape[2] * weight.shape[3]
     if x.device.type == "cuda" and units(factors, per_group * kernel, x.device):
-        return cuda.conv2d(first_operands(x, factors, groups=groups), second_operands(weight, factors), **options)
+        sums = cuda.conv2d(first_operands(x, factors, groups=groups), second_operands(weight, factors), **options)
+        return shifted(sums, factors)
     arithmetic = exact_arithmetic(factors, per_group * kernel, available=("float32",))  # what the units hand out
     bytewise = units(factors, per_group * kernel, x.device) and arithmetic.chunk >= kernel
     if not bytewise:
@@ -117,7 +133,12 @@ def conv2d(
             sums = _conv2d_in_floats(seen, weight[:, part], factors, dtype, options)
         sums = sums.to(torch.int32)
         total = sums if total is None else total.add_(sums)
-    return total
+    return shifted(total, factors)
+
+
+def shifted(sums: Tensor, factors: Factors) -> Tensor:
+    """Integer sums, in place, times the power of two that their factors have in common."""
+    return sums.mul_(2**factors.shift) if factors.shift else sums
 
 
 def _conv2d_in_bytes(x: Tensor, weight: Tensor, factors: Factors, options: dict) -> Tensor | None:
@@ -142,10 +163,9 @@ def _conv2d_in_floats(x: Tensor, weight: Tensor, factors: Factors, dtype: torch.
 def border(padding: tuple[int, int], factors: Factors) -> tuple[tuple[int, int], tuple[int, int]]:
     """How much of the padding is done on the codes, and how much is left to the convolution: (by hand, left).
 
-    u_r(0) need not be 0 unless the factors are masks, so then the border must be made of codes before it is
-    made of factors.
+    Where some u_r(0) is not 0 the border must be made of codes before it is made of factors.
     """
-    return ((0, 0), padding) if factors.masks is not None else (padding, (0, 0))
+    return ((0, 0), padding) if factors.masks is not None or not factors.u[:, 128].any() else (padding, (0, 0))
 
 
 def padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -162,7 +182,7 @@ def first_operands(x: Tensor, factors: Factors, *, groups: int, offset: int = 0,
 
 
 def second_operands(weight: Tensor, factors: Factors) -> Tensor:
-    """The bytes of weights, [O, c, ...] to [O, R c, ...]."""
+    """The bytes of weights, given as columns of the table: [O, c, ...] to [O, R c, ...]."""
     return _terms(weight, factors, "v", torch.int8, axis=1)
 
 
@@ -201,7 +221,7 @@ def _float32_is_float32(device: torch.device) -> bool:
 
 def _terms(values: Tensor, factors: Factors, side: str, dtype: torch.dtype, *, axis: int) -> Tensor:
     """The R factors of every value, one block after the other along ``axis``, which grows R-fold."""
-    if factors.masks is not None:
+    if factors.masks is not None and values.dtype == torch.int8:
         blocks = [masked(values, pair[side == "v"]) for pair in factors.masks]  # still int8: a quarter of the traffic
     else:
         table = getattr(factors, side).to(device=values.device, dtype=dtype)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from axmoe_lite import kernels
-from axmoe_lite.factors import factorise
 from axmoe_lite.kernels import factored, int8
 from axmoe_lite.kernels.encode import codes_of, encode_unsigned
-from axmoe_lite.multipliers import Multiplier
+from axmoe_lite.multipliers import Mosaic, Multiplier
 
 
 class _Product:
@@ -31,13 +30,19 @@ class _Product:
     """
 
     def __init__(
-        self, weight: Tensor, multiplier: Multiplier, *, scale_w: Tensor, scale_x: Tensor | float, bias: Tensor | None
+        self,
+        weight: Tensor,
+        multiplier: Multiplier | Mosaic,
+        *,
+        scale_w: Tensor,
+        scale_x: Tensor | float,
+        bias: Tensor | None,
     ) -> None:
         self.weight, self.multiplier, self.bias = weight, multiplier, bias
         self.scale_w, self.scale_x = scale_w.view(-1, *[1] * (weight.ndim - 1)), float(scale_x)
         self.scale = (scale_w * self.scale_x).expand(len(weight)).contiguous()
         self.inverse_scale = float(np.float32(1) / np.float32(self.scale_x))
-        self.factors = factorise(multiplier)
+        self.factors = factored.factors_of(multiplier)
         fan_in = weight[0].numel()
         # Ranks that a lookup beats go there; see kernels.crossover_rank.
         path = kernels._choose("auto", multiplier, fan_in, fan_in, weight.device)
@@ -48,9 +53,14 @@ class _Product:
     def units(self, offset: int) -> int8.PackedConv2d | int8.PackedLinear | None:
         """The weights as the units want them for images with this zero point, or None if they cannot."""
         if offset not in self._packed:
-            terms = factored.second_operands(self.weight, self.factors)
+            terms = factored.second_operands(self.multiplier.columns(self.weight), self.factors)
             self._packed[offset] = self._pack(terms, offset) if int8.fits(terms, offset) else None
         return self._packed[offset]
+
+    @property
+    def scale_of_terms(self) -> Tensor:
+        """What a sum of the factors' products means; a power of two more or less rounds nothing."""
+        return self.scale * 2.0**self.factors.shift
 
     def _rescaled(self, sums: Tensor, *, axis: int) -> Tensor:
         shape = [-1] + [1] * (sums.ndim - 1 - axis % sums.ndim)
@@ -76,7 +86,7 @@ class ConvProduct(_Product):
     def __init__(
         self,
         weight: Tensor,
-        multiplier: Multiplier,
+        multiplier: Multiplier | Mosaic,
         *,
         scale_w: Tensor,
         scale_x: Tensor | float,
@@ -92,7 +102,7 @@ class ConvProduct(_Product):
         self.options_of_units = {**self.options, "padding": left}
 
     def _pack(self, terms: Tensor, offset: int) -> int8.PackedConv2d:
-        return int8.PackedConv2d(terms, self.scale, self.bias, offset, **self.options_of_units)
+        return int8.PackedConv2d(terms, self.scale_of_terms, self.bias, offset, **self.options_of_units)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bytewise and x.numel():
@@ -109,7 +119,7 @@ class LinearProduct(_Product):
     """Law (1) for linear layers: float32 [..., C] to [..., O]. Takes what :class:`_Product` takes."""
 
     def _pack(self, terms: Tensor, offset: int) -> int8.PackedLinear:
-        return int8.PackedLinear(terms, self.scale, self.bias, offset)
+        return int8.PackedLinear(terms, self.scale_of_terms, self.bias, offset)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.bytewise and x.numel():

@@ -2,6 +2,7 @@
 
     approximate(network, "mul8s_1L2J", calibration=images)     one multiplier everywhere
     approximate(network, {"layer1.0.conv1": "mul8s_1L2L"})     an assignment: layer name -> multiplier
+    approximate(network, {"conv1": ["mul8s_1KV6", ...]})       or one for each of the layer's filters
     restore(network)                                           the very layers that were there before
 
 The law of a layer, each step rounded to float32 (s_x the activation scale, s_w the weight scale of output
@@ -17,9 +18,11 @@ Chapter: 04, "What happens inside one layer?"
 from axmoe_lite.layers.modules import ApproxConv2d, ApproxLinear, ApproxMatmul, Matmul
 from axmoe_lite.layers.network import (
     Assignment,
+    Choice,
     approximable,
     approximate,
     assignment_of,
+    chosen_multiplier,
     default_layers,
     evaluating,
     restore,
@@ -30,10 +33,12 @@ __all__ = [
     "ApproxLinear",
     "ApproxMatmul",
     "Assignment",
+    "Choice",
     "Matmul",
     "approximable",
     "approximate",
     "assignment_of",
+    "chosen_multiplier",
     "default_layers",
     "evaluating",
     "restore",

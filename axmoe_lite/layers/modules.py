@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from axmoe_lite import quant
 from axmoe_lite.kernels.products import ConvProduct, LinearProduct
 from axmoe_lite.layers import gradients
-from axmoe_lite.multipliers import Multiplier
+from axmoe_lite.multipliers import Mosaic, Multiplier
 
 
 class Matmul(nn.Module):
@@ -30,7 +30,7 @@ class Approximate(nn.Module):
 
     SCALES: tuple[str, ...] = ("scale_x",)  # one for each input: the name of its buffer
 
-    def __init__(self, exact: nn.Module, multiplier: Multiplier, per_channel: bool, gradient: str) -> None:
+    def __init__(self, exact: nn.Module, multiplier: Multiplier | Mosaic, per_channel: bool, gradient: str) -> None:
         super().__init__()
         self.multiplier, self.per_channel, self.gradient = multiplier, per_channel, gradient
         device = next((p.device for p in exact.parameters()), None)
@@ -75,7 +75,12 @@ class _Weighted(Approximate):
     """A layer with weights, of which it shares the exact layer's."""
 
     def __init__(
-        self, exact: nn.Module, multiplier: Multiplier, *, per_channel: bool = False, gradient: str = "straight-through"
+        self,
+        exact: nn.Module,
+        multiplier: Multiplier | Mosaic,
+        *,
+        per_channel: bool = False,
+        gradient: str = "straight-through",
     ) -> None:
         super().__init__(exact, multiplier, per_channel, gradient)
         self.weight, self.bias = exact.weight, exact.bias
@@ -115,7 +120,7 @@ class ApproxConv2d(_Weighted):
     with code 0, which goes through the table too.
     """
 
-    def __init__(self, exact: nn.Conv2d, multiplier: Multiplier, **options: Any) -> None:
+    def __init__(self, exact: nn.Conv2d, multiplier: Multiplier | Mosaic, **options: Any) -> None:
         super().__init__(exact, multiplier, **options)
         self.in_channels, self.out_channels = exact.in_channels, exact.out_channels
         self.kernel_size, self.stride, self.padding = exact.kernel_size, exact.stride, exact.padding
@@ -151,7 +156,7 @@ class ApproxConv2d(_Weighted):
 class ApproxLinear(_Weighted):
     """A linear layer whose products come from a multiplier; x [..., C] to y [..., O] by law (1)."""
 
-    def __init__(self, exact: nn.Linear, multiplier: Multiplier, **options: Any) -> None:
+    def __init__(self, exact: nn.Linear, multiplier: Multiplier | Mosaic, **options: Any) -> None:
         super().__init__(exact, multiplier, **options)
         self.in_features, self.out_features = exact.in_features, exact.out_features
 
@@ -177,7 +182,12 @@ class ApproxMatmul(Approximate):
     SCALES = ("scale_a", "scale_b")
 
     def __init__(
-        self, exact: Matmul, multiplier: Multiplier, *, per_channel: bool = False, gradient: str = "straight-through"
+        self,
+        exact: Matmul,
+        multiplier: Multiplier | Mosaic,
+        *,
+        per_channel: bool = False,
+        gradient: str = "straight-through",
     ) -> None:
         super().__init__(exact, multiplier, per_channel, gradient)
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from axmoe_lite import quant
 from axmoe_lite.layers.gradients import check_gradient
 from axmoe_lite.layers.modules import KINDS, Approximate, Matmul
-from axmoe_lite.multipliers import Multiplier, multiplier
+from axmoe_lite.multipliers import Mosaic, Multiplier, mosaic_name, multiplier
 
-Assignment = str | Multiplier | dict[str, str | Multiplier]
+Choice = str | Multiplier | Mosaic | list  # a list has one name for each filter, or lists of one for each channel
+Assignment = Choice | dict[str, Choice]
 
 
 def approximable(network: nn.Module) -> dict[str, nn.Module]:
@@ -115,7 +116,8 @@ def approximate(
         network: any torch module; only its ``nn.Conv2d``, ``nn.Linear`` and :class:`Matmul` are touched.
         assignment: one multiplier (its name or the object) for all of :func:`default_layers`, or a dict
             from dotted layer names to multipliers; layers that it does not name stay exact floats.
-            A name may say ``"swap:..."`` to make the weight the first operand.
+            A name may say ``"swap:..."`` to make the weight the first operand, or name several multipliers for one
+            layer (:func:`~axmoe_lite.multipliers.mosaic_name`); a list has one for each filter.
         calibration: a batch as the network expects it ([N, C, H, W], normalised), or several. The exact
             network is run on it in evaluation mode to see how large each layer's inputs are.
         method, percentile: how the activation range is chosen, see :class:`axmoe_lite.quant.Histogram`.
@@ -139,7 +141,7 @@ def approximate(
     """
     quant.check_method(method, percentile)
     check_gradient(gradient)
-    chosen = _resolve(network, assignment)
+    chosen = _resolve(network, assignment, gradient)
     before = approximable(network)
     after: dict[str, nn.Module] = {}
     for name, layer in before.items():
@@ -174,10 +176,19 @@ def assignment_of(network: nn.Module) -> dict[str, str]:
     return {n: m.multiplier.name for n, m in approximable(network).items() if isinstance(m, Approximate)}
 
 
-def _resolve(network: nn.Module, assignment: Assignment) -> dict[str, Multiplier]:
-    def table(value: str | Multiplier) -> Multiplier:
-        return value if isinstance(value, Multiplier) else multiplier(value)
+def chosen_multiplier(choice: Choice) -> Multiplier | Mosaic:
+    """What an assignment says of one layer: a name, a multiplier, a mosaic, or a list of names.
 
+    >>> chosen_multiplier(["mul8s_1KV6", "mul8s_1L2L"])  # of two filters
+    Mosaic('filter[mul8s_1KV6, mul8s_1L2L]', 0.312 mW)
+    """
+    if isinstance(choice, list | tuple):
+        nested = bool(choice) and not isinstance(choice[0], str)
+        return multiplier(mosaic_name(choice, by="filter+channel" if nested else "filter"))
+    return choice if isinstance(choice, Multiplier | Mosaic) else multiplier(choice)
+
+
+def _resolve(network: nn.Module, assignment: Assignment, gradient: str) -> dict[str, Multiplier | Mosaic]:
     known = approximable(network)
     if not isinstance(assignment, dict):
         names = default_layers(network)
@@ -191,7 +202,15 @@ def _resolve(network: nn.Module, assignment: Assignment) -> dict[str, Multiplier
     for name in assignment:
         if name not in known:
             raise ValueError(_unknown_layer(network, name, known))
-    return {name: table(value) for name, value in assignment.items()}
+    chosen = {name: chosen_multiplier(value) for name, value in assignment.items()}
+    for name, value in chosen.items():
+        if isinstance(value, Mosaic):
+            if exact_kind(known[name]) is Matmul:
+                raise ValueError(f"Layer {name!r} multiplies two activations; {value.name!r} needs weights to lie on.")
+            if gradient != "straight-through":
+                raise ValueError(f"gradient={gradient!r} needs one table a layer; {name!r} has {value.name!r}.")
+            value.check_fits(name, known[name].weight.shape)
+    return chosen
 
 
 def _warn_of_others(network: nn.Module, known: dict[str, nn.Module]) -> None:

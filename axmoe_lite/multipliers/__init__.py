@@ -3,14 +3,26 @@
     table      Multiplier (a 256 x 256 table with its price) and its error metrics
     published  the thirteen signed 8-bit circuits of EvoApproxLib v2022 and their printed figures
     price      a proxy for the power of circuits that nobody has published, from their adder cells
-    families   broken arrays, truncation, DRUM, Mitchell, RoBA, PR and ROUP
+    families   broken arrays, truncation, DRUM, Mitchell, RoBA, PR and ROUP, skipping by the weight's value
+    mosaic     several multipliers inside one layer: by filter, channel, row or column
     catalogue  multiplier("mul8s_1L2J"), multiplier("drum(4)"): names to multipliers
 
 Chapter: 01, "What does a cheap multiplier get wrong?"
 """
 
 from axmoe_lite.multipliers.catalogue import EVOAPPROX, EXACT, FAMILIES, PAPER_EIGHT, multiplier
-from axmoe_lite.multipliers.families import broken_array, drum, mitchell, pr, roba, roup, truncation
+from axmoe_lite.multipliers.families import (
+    broken_array,
+    drum,
+    mitchell,
+    outside,
+    pr,
+    roba,
+    roup,
+    truncation,
+    within,
+)
+from axmoe_lite.multipliers.mosaic import Mosaic, mosaic_name
 from axmoe_lite.multipliers.price import proxy_leave_one_out, proxy_power_mw
 from axmoe_lite.multipliers.table import ErrorMetrics, Multiplier, errors, exact_table
 
@@ -20,17 +32,21 @@ __all__ = [
     "FAMILIES",
     "PAPER_EIGHT",
     "ErrorMetrics",
+    "Mosaic",
     "Multiplier",
     "broken_array",
     "drum",
     "errors",
     "exact_table",
     "mitchell",
+    "mosaic_name",
     "multiplier",
+    "outside",
     "pr",
     "proxy_leave_one_out",
     "proxy_power_mw",
     "roba",
     "roup",
     "truncation",
+    "within",
 ]

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 
 from axmoe_lite.multipliers import families
+from axmoe_lite.multipliers.mosaic import Mosaic, parse_mosaic
 from axmoe_lite.multipliers.published import PUBLISHED
 from axmoe_lite.multipliers.table import Multiplier
 
@@ -27,18 +28,22 @@ FAMILIES = {
         families.roba,
         families.pr,
         families.roup,
+        families.within,
+        families.outside,
     )
 }
 
 
 @lru_cache(maxsize=512)
-def multiplier(name: str) -> Multiplier:
-    """The multiplier of that name.
+def multiplier(name: str) -> Multiplier | Mosaic:
+    """The multiplier of that name, or the mosaic of several.
 
     Args:
         name: an EvoApproxLib v2022 circuit (``"mul8s_1L2J"``), a family with its numbers
             (``"drum(4)"``, ``"broken_array(1,0,3)"``, ``"mitchell()"``), a circuit under its v1.x name
-            (``"v1:mul8s_1L2H"``), or any of these with operands exchanged (``"swap:mul8s_1KVM"``).
+            (``"v1:mul8s_1L2H"``), or any of these with operands exchanged (``"swap:mul8s_1KVM"``), or
+            several for one layer (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see
+            :func:`~axmoe_lite.multipliers.mosaic_name`).
 
     Raises:
         ValueError: for a name that does not exist; the message names the nearest that does.
@@ -54,8 +59,14 @@ def multiplier(name: str) -> Multiplier:
     """
     if not isinstance(name, str):
         raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} is a {type(name).__name__}.")
+    if (mosaic := parse_mosaic(name)) is not None:
+        known, places = mosaic
+        return Mosaic(name, tuple(multiplier(one) for one in known), places)
     if name.startswith("swap:"):
-        return multiplier(name.removeprefix("swap:")).swapped()
+        inner = multiplier(name.removeprefix("swap:"))
+        if isinstance(inner, Mosaic):
+            raise ValueError(f"{name!r} exchanges the operands of a mosaic; write swap: before each name inside it.")
+        return inner.swapped()
     for published in PUBLISHED:
         if name in (published.name, f"v1:{published.v1_name}"):
             array = families.broken_array(*published.drops)

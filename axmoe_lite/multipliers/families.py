@@ -173,6 +173,46 @@ def roup(k: int, m: int) -> Multiplier:
     return _proxied(f"roup({k},{m})", table, _booth_adders(k, cuts))
 
 
+def within(low: int, high: int, permille: int) -> Multiplier:
+    """MAx-DNN's skipping by value: exact where the weight's code lies in low..high, elsewhere 0 and not executed.
+
+    Args:
+        low, high: -128..127; in the paper the mean of a layer's weights less and plus their standard deviation.
+        permille: how many of a thousand products are executed, which the layer's weights decide; the power is that
+            share of the exact circuit's (a proxy: what decides to skip is not counted).
+
+    >>> within(-10, 10, 683)(7, 9), within(-10, 10, 683)(7, 11)
+    (63, 0)
+    """
+    return _skipping("within", low, high, permille, (low <= OPERANDS) & (high >= OPERANDS))
+
+
+def outside(low: int, high: int, permille: int) -> Multiplier:
+    """As :func:`within` with the weights in low..high skipped: which polarity the paper means is not known to us.
+
+    >>> outside(-10, 10, 317)(7, 9), outside(-10, 10, 317)(7, 11)
+    (0, 77)
+    """
+    return _skipping("outside", low, high, permille, (low > OPERANDS) | (high < OPERANDS))
+
+
+def _skipping(family: str, low: int, high: int, permille: int, executed: Tensor) -> Multiplier:
+    for name, value, least, most in (
+        ("low", low, -128, 127),
+        ("high", high, -128, 127),
+        ("permille", permille, 0, 1000),
+    ):
+        _check(family, name, value, least, most)
+    if low > high:
+        raise ValueError(
+            f"{family}() was asked for codes from {low} to {high}; the first must not be above the second."
+        )
+    power = permille / 1000 * next(p for p in PUBLISHED if p.drops == (0, 0, 0)).power_mw
+    table = OPERANDS[:, None] * torch.where(executed, OPERANDS, 0)[None, :]
+    source = "proxy: the exact circuit's power times the share of products that are executed"
+    return Multiplier(f"{family}({low},{high},{permille})", table, power_mw=power, source=source)
+
+
 # --------------------------------------------------------------------------------- pieces
 
 

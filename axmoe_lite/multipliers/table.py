@@ -89,6 +89,10 @@ class Multiplier:
         """Twelve hexadecimal digits that change with any entry: names move between libraries, tables do not."""
         return hashlib.sha256(self.table.numpy().astype("<i4").tobytes()).hexdigest()[:12]
 
+    def columns(self, weight: Tensor) -> Tensor:
+        """The column of the table, less 128, that each weight stands for: its code. Mosaics have more columns."""
+        return weight
+
     def swapped(self) -> "Multiplier":
         """The same circuit with its operands exchanged: now rows are weights. Named ``swap:...``."""
         name = self.name.removeprefix("swap:") if self.name.startswith("swap:") else f"swap:{self.name}"

@@ -290,7 +290,7 @@ class _Chain:
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """scale and bias [O] of (1), BatchNorm folded in, computed in float64."""
-        scale, bias, bn = self.product.scale.double(), self.product.bias, self.batch_norm
+        scale, bias, bn = self.product.scale_of_terms.double(), self.product.bias, self.batch_norm
         bias = torch.zeros_like(scale) if bias is None else bias.double()
         if bn is not None:
             gain = (bn.running_var.double() + bn.eps).rsqrt()

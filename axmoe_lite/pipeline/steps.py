@@ -108,9 +108,11 @@ class Convolve:
         return y if self.ceiling is None else y.clamp_(0, self.ceiling)
 
     def law(self, values: dict) -> Tensor:
-        table, options = self.product.multiplier.table, self.product.options
-        sums = _channels_last(reference.conv2d(values[self.bytes_of], self.product.weight, table, **options))
-        y = sums.float() * self.units.scale.view(-1, 1, 1) + self.units.bias.view(-1, 1, 1)
+        product = self.product
+        columns, table = product.multiplier.columns(product.weight), product.multiplier.table
+        sums = _channels_last(reference.conv2d(values[self.bytes_of], columns, table, **product.options))
+        scale = self.units.scale * 0.5**product.factors.shift
+        y = sums.float() * scale.view(-1, 1, 1) + self.units.bias.view(-1, 1, 1)
         y = y if self.residual is None else y + values[self.residual]
         y = y if self.ceiling is None else y.clamp(0, self.ceiling)
         if self.code_scale is None:
@@ -172,10 +174,11 @@ def _layer_by_law(layer: Approximate, *inputs: Tensor) -> Tensor:
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = nn.functional.pad(x, layer.image_padding, mode=mode)
         codes = codes_of_law(x, product.inverse_scale)
-        sums = _channels_last(reference.conv2d(codes, product.weight, table, **product.options))
+        columns = layer.multiplier.columns(product.weight)
+        sums = _channels_last(reference.conv2d(codes, columns, table, **product.options))
         scale, bias = (None if t is None else t.view(-1, 1, 1) for t in (product.scale, product.bias))
     else:
         codes = codes_of_law(x, product.inverse_scale).view(-1, x.shape[-1])
-        sums = reference.matmul(codes, product.weight.T, table).view(*x.shape[:-1], -1)
+        sums = reference.matmul(codes, layer.multiplier.columns(product.weight).T, table).view(*x.shape[:-1], -1)
         scale, bias = product.scale, product.bias
     return sums.float() * scale if bias is None else sums.float() * scale + bias
