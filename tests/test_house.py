@@ -103,7 +103,7 @@ def test_environment_matches_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(d for extra in ("book", "fast", "sweep", "test") for d in project["optional-dependencies"][extra]),
+        *(d for extra in ("book", "search", "fast", "sweep", "test") for d in project["optional-dependencies"][extra]),
     ]
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert listed[-1]["pip"] == list(dict.fromkeys(wanted))  # two extras may want one package

@@ -193,7 +193,7 @@ def test_errors_say_what_to_do():
         multiplier("filter*2+row*2[3 mul8s_1KV6]")
     with pytest.raises(ValueError, match="Did you mean 'mul8s_1L2N'"):
         multiplier("filter[mul8s_1KV6, mul8s_1L2K]")
-    with pytest.raises(ValueError, match="swap: before each name"):
+    with pytest.raises(ValueError, match="write it before each name"):
         multiplier("swap:filter[mul8s_1KV6, mul8s_1L2L]")
     with pytest.raises(ValueError, match="equal length"):
         mosaic_name([["a", "b"], ["a"]], by="filter+channel")

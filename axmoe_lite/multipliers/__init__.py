@@ -4,6 +4,7 @@
     published  the thirteen signed 8-bit circuits of EvoApproxLib v2022 and their printed figures
     price      a proxy for the power of circuits that nobody has published, from their adder cells
     families   broken arrays, truncation, DRUM, Mitchell, RoBA, PR and ROUP, skipping by the weight's value
+    tuning     weights that suit a multiplier better than what they stand for, as ALWANN has it
     mosaic     several multipliers inside one layer: by filter, channel, row or column
     catalogue  multiplier("mul8s_1L2J"), multiplier("drum(4)"): names to multipliers
 
@@ -25,6 +26,7 @@ from axmoe_lite.multipliers.families import (
 from axmoe_lite.multipliers.mosaic import Mosaic, mosaic_name
 from axmoe_lite.multipliers.price import proxy_leave_one_out, proxy_power_mw
 from axmoe_lite.multipliers.table import ErrorMetrics, Multiplier, errors, exact_table
+from axmoe_lite.multipliers.tuning import tuned, weight_map
 
 __all__ = [
     "EVOAPPROX",
@@ -48,5 +50,7 @@ __all__ = [
     "roba",
     "roup",
     "truncation",
+    "tuned",
+    "weight_map",
     "within",
 ]

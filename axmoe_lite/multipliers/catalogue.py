@@ -1,14 +1,15 @@
 """Names to multipliers. Assignments, CSV cells and command lines hold names; this is where they resolve."""
 
 import difflib
+import functools
 import inspect
 import re
-from functools import lru_cache
 
 from axmoe_lite.multipliers import families
 from axmoe_lite.multipliers.mosaic import Mosaic, parse_mosaic
 from axmoe_lite.multipliers.published import PUBLISHED
 from axmoe_lite.multipliers.table import Multiplier
+from axmoe_lite.multipliers.tuning import tuned
 
 EVOAPPROX: tuple[str, ...] = tuple(p.name for p in PUBLISHED)
 """The thirteen EvoApproxLib v2022 circuits, from exact to cheapest."""
@@ -34,14 +35,22 @@ FAMILIES = {
 }
 
 
-@lru_cache(maxsize=512)
+PREFIXES = {
+    "swap": Multiplier.swapped,
+    "tuned": tuned,
+    "tuned_relu": functools.partial(tuned, after_relu=True),
+}
+
+
+@functools.lru_cache(maxsize=512)
 def multiplier(name: str) -> Multiplier | Mosaic:
     """The multiplier of that name, or the mosaic of several.
 
     Args:
         name: an EvoApproxLib v2022 circuit (``"mul8s_1L2J"``), a family with its numbers
             (``"drum(4)"``, ``"broken_array(1,0,3)"``, ``"mitchell()"``), a circuit under its v1.x name
-            (``"v1:mul8s_1L2H"``), or any of these with operands exchanged (``"swap:mul8s_1KVM"``), or
+            (``"v1:mul8s_1L2H"``), any of these with operands exchanged (``"swap:mul8s_1KVM"``) or under weights that
+            were tuned to it (``"tuned:mul8s_1L2L"``, see :func:`~axmoe_lite.multipliers.tuned`), or
             several for one layer (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see
             :func:`~axmoe_lite.multipliers.mosaic_name`).
 
@@ -62,11 +71,12 @@ def multiplier(name: str) -> Multiplier | Mosaic:
     if (mosaic := parse_mosaic(name)) is not None:
         known, places = mosaic
         return Mosaic(name, tuple(multiplier(one) for one in known), places)
-    if name.startswith("swap:"):
-        inner = multiplier(name.removeprefix("swap:"))
+    prefix, _, rest = name.partition(":")
+    if prefix in PREFIXES:
+        inner = multiplier(rest)
         if isinstance(inner, Mosaic):
-            raise ValueError(f"{name!r} exchanges the operands of a mosaic; write swap: before each name inside it.")
-        return inner.swapped()
+            raise ValueError(f"{name!r} asks for {prefix}: of a mosaic; write it before each name inside.")
+        return PREFIXES[prefix](inner)
     for published in PUBLISHED:
         if name in (published.name, f"v1:{published.v1_name}"):
             array = families.broken_array(*published.drops)
@@ -106,5 +116,5 @@ def _unknown(name: str) -> str:
     near = next((form for form in forms if form.startswith(f"{near}(")), near)
     return (
         f"No multiplier is called {name!r}. Did you mean {near!r}? There are {', '.join(EVOAPPROX)}, the families"
-        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', and 'swap:' before any of them."
+        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', and 'swap:' or 'tuned:' before any of them."
     )
