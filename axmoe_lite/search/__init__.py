@@ -3,6 +3,14 @@
     experts      search: a front of assignments, expert by expert; groups, uniform, sensitivity; not from the paper
     space        explore, the search without a network: sensitivities, candidates, moves; Found
     additive     what sensitivities that add up foretell, solved exactly
+    ranking      search: plain sensitivity ranking, what one does without a method
+    genetic      search: NSGA-II over the layers' multipliers, by pymoo
+    noise        how much noise a layer bears, learned by gradient
+    predict      how much a circuit's errors add up to in a layer, foretold from histograms, and simulated
+    agn          search: the cheapest circuit within what a layer bears (AGN)
+    qos          search: a few circuits for a few operating points (QoS-Nets)
+    points       one network that switches between operating points while it runs
+    maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
     trial        one assignment on images that nobody reports: Trial, Score, hold_out
     fronts       report on the test images; thin, dominates, compare
 
@@ -11,11 +19,13 @@ layer names to multiplier names. It chooses on training images (:func:`hold_out`
 images; :func:`report` looks at those, once, when everything has been chosen. A mixture is compared with what the same
 effort finds for the dense network layer by layer: else it would be credited with what mixing does for any network.
 
-Chapter: 12, "A multiplier for each expert?"
+Chapters: 12, "A multiplier for each expert?", to 16, "Which search should I use?".
 """
 
+from axmoe_lite.search import agn, genetic, maxdnn, points, predict, qos, ranking
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
+from axmoe_lite.search.noise import tolerances
 from axmoe_lite.search.space import Found, explore
 from axmoe_lite.search.trial import REGIMES, Score, Trial, hold_out
 
@@ -25,14 +35,22 @@ __all__ = [
     "Found",
     "Score",
     "Trial",
+    "agn",
     "compare",
     "dominates",
     "explore",
+    "genetic",
     "groups",
     "hold_out",
+    "maxdnn",
+    "points",
+    "predict",
+    "qos",
+    "ranking",
     "report",
     "search",
     "sensitivity",
     "thin",
+    "tolerances",
     "uniform",
 ]

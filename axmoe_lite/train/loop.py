@@ -9,6 +9,7 @@ Chapter: 08, "Can a network learn its new arithmetic?"
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def fit(
     precision: str = "float32",
     seed: int = 0,
     evaluate_every: int = 0,
+    penalty: Callable[[], Tensor] | None = None,
     checkpoint: Path | str | None = None,
     progress: bool = True,
 ) -> list[dict]:
@@ -79,6 +81,8 @@ def fit(
         precision: ``"float32"``, or ``"bf16"`` for mixed precision, in which the sums of approximate products are
             still exact and only what a layer hands on is rounded.
         evaluate_every: measure top-1 after so many epochs; 0 means never.
+        penalty: a number, called for at every step, that is to be small too; not in the ``loss`` that is reported. A
+            checkpoint knows it by its name, and a method by the ``settings`` of its object as well.
         checkpoint: a file written after each epoch. If it exists and was made by the same call, training
             resumes from it (or returns at once if it had finished). With ``{epoch}`` in its name every epoch has
             its own file, and the latest is resumed from: delete the later ones to go on from an earlier one. Of two
@@ -119,13 +123,13 @@ def fit(
         "precision": precision,
         "seed": seed,
     }
-    settings |= _if_it_matters(model, optimiser=optimiser, clip_norm=clip_norm, balance=balance)
+    settings |= _if_it_matters(model, optimiser=optimiser, clip_norm=clip_norm, balance=balance, penalty=penalty)
     device = next(model.parameters()).device
     images = images.to(device)
     check_fits(model, images)
     stepper = _optimiser(model, optimiser, lr=lr, momentum=momentum, weight_decay=weight_decay)
     all_settings = {"clip_norm": clip_norm, "balance": balance, **settings}
-    options = {"evaluate_every": evaluate_every, "checkpoint": checkpoint, "progress": progress}
+    options = {"evaluate_every": evaluate_every, "penalty": penalty, "checkpoint": checkpoint, "progress": progress}
     with checkpoints.alone(checkpoint):
         return _epochs(model, images, stepper, settings, all_settings, **options)
 
@@ -138,6 +142,7 @@ def _epochs(
     all_settings: dict,
     *,
     evaluate_every: int,
+    penalty: Callable[[], Tensor] | None,
     checkpoint: Path | str | None,
     progress: bool,
 ) -> list[dict]:
@@ -161,6 +166,7 @@ def _epochs(
                 steps=epochs * steps_per_epoch,
                 warmup=round(settings["warmup_epochs"] * steps_per_epoch),
                 settings=all_settings,
+                penalty=penalty,
             )
         except FloatingPointError as reason:
             model.load_state_dict(before)
@@ -195,7 +201,9 @@ def _check_options(epochs: int, lr: float, batch_size: int) -> None:
         )
 
 
-def _if_it_matters(model: nn.Module, *, optimiser: str, clip_norm: float, balance: float) -> dict:
+def _if_it_matters(
+    model: nn.Module, *, optimiser: str, clip_norm: float, balance: float, penalty: Callable[[], Tensor] | None
+) -> dict:
     """Settings that a checkpoint names only where they change something, so that older files still resume."""
     found: dict = {}
     if optimiser != "sgd":
@@ -207,6 +215,9 @@ def _if_it_matters(model: nn.Module, *, optimiser: str, clip_norm: float, balanc
         found["balance"] = balance
     if assignment_of(model):
         found["assignment"] = assignment_of(model)
+    if penalty is not None:
+        name = getattr(penalty, "__qualname__", type(penalty).__qualname__)
+        found["penalty"] = f"{name} {getattr(getattr(penalty, '__self__', None), 'settings', '')!r}"
     return found
 
 
@@ -243,6 +254,7 @@ def _one_epoch(
     steps: int,
     warmup: int,
     settings: dict,
+    penalty: Callable[[], Tensor] | None,
 ) -> tuple[float, float]:
     """Mean loss (of the classes) and training accuracy (on the augmented images) of one pass over the training set."""
     device, n = images.x_train.device, len(images.x_train)
@@ -269,7 +281,8 @@ def _one_epoch(
                 scores = model(x)
             loss = nn.functional.cross_entropy(scores.float(), y, label_smoothing=settings["label_smoothing"])
             optimiser.zero_grad(set_to_none=True)
-            (loss + settings["balance"] * _imbalance(seen, learning)).backward()
+            more = 0.0 if penalty is None else penalty()
+            (loss + settings["balance"] * _imbalance(seen, learning) + more).backward()
             if settings.get("clip_norm"):
                 nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
             optimiser.step()
