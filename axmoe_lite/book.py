@@ -113,7 +113,8 @@ def _execute(works: dict[Path, Work], *, scale: str, workers: int | None, force:
     for notebook in due:
         if works[notebook].run.state() == "finished":
             shutil.rmtree(works[notebook].run.folder)
-    together = [works[notebook] for notebook in due if not _alone(notebook)]
+    # The later a chapter, the longer it computes; begun last it would leave the other cores waiting.
+    together = [works[notebook] for notebook in reversed(due) if not _alone(notebook)]
     alone = [works[notebook] for notebook in due if _alone(notebook)]
     at_once = workers or (runs.cores() if importlib.util.find_spec("distributed") else 1)
     outcomes = []

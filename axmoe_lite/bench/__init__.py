@@ -13,7 +13,8 @@ does not depend on them, so nothing needs to be learned first. From a shell: ``a
 Chapter: 06, "Faster than float32?"
 """
 
-from axmoe_lite.bench.cases import CASES, HIGH_RANK, Case, builders, planted_table, random_table
+from axmoe_lite.bench.cases import CASES, Case, builders
+from axmoe_lite.bench.columns import HIGH_RANK, planted_table, random_table
 from axmoe_lite.bench.gather import GatherLayer, gather_matmul
 from axmoe_lite.bench.measure import KEY, machine, measure, record, run, table, threads
 

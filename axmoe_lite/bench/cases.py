@@ -6,25 +6,31 @@ Chapter: 06, "Faster than float32?"
 import copy
 import difflib
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from axmoe_lite import kernels, models, pipeline
-from axmoe_lite.bench.gather import GatherLayer, gather_matmul
+from axmoe_lite import kernels, models
+from axmoe_lite.bench.columns import (
+    FEW,
+    FLOAT32,
+    GATHERED,
+    HIGH_RANK,
+    MOSAICS,
+    NAIVE,
+    RANK_2,
+    SEED,
+    approximated,
+    layer_columns,
+    network_columns,
+    table_of,
+)
+from axmoe_lite.bench.gather import gather_matmul
 from axmoe_lite.kernels import int8
-from axmoe_lite.layers import Matmul, approximable, approximate, default_layers
-from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, multiplier
-
-SEED = 0
-FLOAT32, PREPARED, NAIVE, FROZEN = "float32", "float32 prepared", "naive gather", " frozen"
-RANK_2 = "broken_array(1,0,2)"
-HIGH_RANK = ("mitchell()", "random table")  # rank 64 and 256: looked up, not factored
-FEW = (EXACT, "mul8s_1L2J", "mul8s_1KVA", "random table")  # one term (twice), five terms, a lookup
-GATHERED = "mul8s_1L2J"  # what the naive gather computes; its speed does not depend on the table
+from axmoe_lite.layers import Matmul, approximable, default_layers
+from axmoe_lite.multipliers import EVOAPPROX, EXACT
 
 
 @dataclass(eq=False)
@@ -51,114 +57,6 @@ class Case:
     axis: str = "none"
     value: int | str = ""
     training: bool = False
-
-
-def random_table(*, seed: int = SEED) -> Multiplier:
-    """A table without any structure, of 15-bit products: the worst case, of rank 256."""
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randint(-(2**14), 2**14, (256, 256), generator=generator)
-    return Multiplier("random table", table, source=f"random, seed {seed}")
-
-
-def planted_table(rank: int, *, seed: int = SEED) -> Multiplier:
-    """A table of exactly this rank whose factors fit int8 units.
-
-    The first ``rank`` entries of its right factors are the unit matrix and the left ones begin with it: the
-    right factors are then Hermite's form of their lattice, and factorise() finds these very bytes again.
-
-    >>> from axmoe_lite import factorise
-    >>> found = factorise(planted_table(12))
-    >>> found.rank, int(max(found.u.abs().max(), found.v.abs().max()))
-    (12, 7)
-    """
-    if not 1 <= rank <= 64:
-        raise ValueError(f"A table of rank {rank} was asked for; 1 to 64 can be planted.")
-    generator = torch.Generator().manual_seed(seed)
-    u, v = (torch.randint(-7, 8, (rank, 256), generator=generator) for _ in range(2))
-    u[:, :rank] = v[:, :rank] = torch.eye(rank, dtype=torch.int64)
-    return Multiplier(f"rank {rank}", u.T @ v, source=f"random factors, seed {seed}")
-
-
-@functools.cache
-def _table(name: str) -> Multiplier:
-    if name.startswith("rank "):
-        return planted_table(int(name.removeprefix("rank ")))
-    return random_table() if name == "random table" else multiplier(name)
-
-
-# ------------------------------------------------------------------------------ columns of a case
-
-
-class _Only(nn.Module):
-    """One layer as a network of one input; a product's second operand is a constant."""
-
-    def __init__(self, layer: nn.Module, others: tuple[Tensor, ...] = ()) -> None:
-        super().__init__()
-        self.layer, self.others = layer, others
-        self.anchor = nn.Parameter(torch.empty(0))  # calibration asks the first parameter for the device
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, *self.others)
-
-
-def _approximated(network: nn.Module, layers: list[str], x: Tensor, names: Iterable[str]) -> dict[str, nn.Module]:
-    """A copy of the network for each multiplier, calibrated once; all share the weights' memory."""
-    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
-    base = approximate(copy.deepcopy(network, dict(shared)), dict.fromkeys(layers, EXACT), calibration=x)
-    copies = {name: copy.deepcopy(base, dict(shared)) for name in names}
-    return {name: approximate(net, dict.fromkeys(layers, _table(name))) for name, net in copies.items()}
-
-
-def gathered(network: nn.Module) -> nn.Module:
-    """A copy of an approximate network whose layers are the naive simulator's."""
-    network = copy.deepcopy(network)
-    for name, layer in approximable(network).items():
-        if hasattr(layer, "multiplier"):
-            network.set_submodule(name, GatherLayer(layer))
-    return network
-
-
-def _layer_columns(layer: nn.Module, inputs: tuple[Tensor, ...], names: Iterable[str], part: int) -> tuple[dict, dict]:
-    """float32 in, float32 out: the exact layer, each multiplier, and the naive gather on ``part`` of the inputs."""
-    x, others = inputs[0], inputs[1:]
-    network = _Only(layer, others).eval()
-    changed = _approximated(network, ["layer"], x, names)
-    columns = {FLOAT32: functools.partial(network, x)}
-    columns |= {name: functools.partial(net, x) for name, net in changed.items()}
-    if GATHERED not in changed or not part:
-        return columns, {}
-    naive = gathered(changed[GATHERED]).layer
-    columns[NAIVE] = functools.partial(naive, *(t[:part] for t in inputs))
-    return columns, {NAIVE: part / len(x)}
-
-
-def prepared(network: nn.Module, x: Tensor) -> nn.Module:
-    """The float32 network as one would ship it: BatchNorm folded, layers fused, weights laid out for oneDNN."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # it is meant for images of this size
-        warnings.simplefilter("ignore", DeprecationWarning)
-        ready = torch.jit.optimize_for_inference(torch.jit.trace(network, x, check_trace=False))
-        for _ in range(3):  # the first calls look at shapes and compile
-            ready(x)
-    return ready
-
-
-def _network_columns(
-    network: nn.Module, x: Tensor, names: Iterable[str], *, frozen: bool, part: int
-) -> tuple[dict, dict]:
-    changed = _approximated(network, default_layers(network), x[:64], names)
-    columns = {FLOAT32: functools.partial(network, x), PREPARED: functools.partial(prepared(network, x), x)}
-    for name, net in changed.items():
-        columns[name] = functools.partial(net, x)
-        if frozen and name not in HIGH_RANK:
-            columns[name + FROZEN] = functools.partial(pipeline.freeze(net), x)
-    if not part:
-        return columns, {}
-    columns[NAIVE] = functools.partial(gathered(changed[GATHERED]), x[:part])
-    return columns, {NAIVE: part / len(x)}
-
-
-# -------------------------------------------------------------------------------------- the cases
 
 
 def _draw(*shape: int, positive: bool = False) -> Tensor:
@@ -219,14 +117,14 @@ def _gemm(quick: bool) -> list[Callable[[], Case]]:
     size, part = f"product {m} x {k} x {n}", m // 32
 
     def layer() -> Case:
-        columns, share = _layer_columns(_linear(k, n, bias=False), (_draw(m, k),), _names(quick), part=part)
+        columns, share = layer_columns(_linear(k, n, bias=False), (_draw(m, k),), _names(quick), part=part)
         return Case(f"{size}, floats to floats", "gemm", columns, m * k * n, m, share)
 
     def bare() -> Case:
         a, b = (_codes(_draw(*shape)) for shape in ((m, k), (k, n)))
         columns = {FLOAT32: functools.partial(torch.matmul, a.float(), b.float())}
-        columns |= {name: functools.partial(kernels.matmul, a, b, _table(name)) for name in _names(quick)}
-        columns[NAIVE] = functools.partial(gather_matmul, a[:part], b, _table(GATHERED).table)
+        columns |= {name: functools.partial(kernels.matmul, a, b, table_of(name)) for name in _names(quick)}
+        columns[NAIVE] = functools.partial(gather_matmul, a[:part], b, table_of(GATHERED).table)
         return Case(f"{size}, codes to sums", "gemm", columns, m * k * n, m, {NAIVE: part / m})
 
     return [layer, bare]
@@ -257,7 +155,7 @@ def _convs(quick: bool) -> list[Callable[[], Case]]:
     def build(name: str) -> Case:
         layer, side, out = found[name]
         x = _draw(images, layer.in_channels, side, side, positive=layer.in_channels > 3)
-        columns, share = _layer_columns(layer, (x,), _names(quick), part=1)
+        columns, share = layer_columns(layer, (x,), _names(quick), part=1)
         return Case(name, "convs", columns, images * out**2 * layer.weight.numel(), images, share)
 
     names = ["conv 3x3, 16 to 16 channels, 32x32, 8 images"] if quick else list(found)
@@ -268,7 +166,7 @@ def _mlp(quick: bool) -> list[Callable[[], Case]]:
     def build() -> Case:
         images, d, hidden = 8 if quick else 64, 384, 1536
         tokens = images * 197
-        columns, share = _layer_columns(_linear(d, hidden, bias=True), (_draw(tokens, d),), _names(quick), part=32)
+        columns, share = layer_columns(_linear(d, hidden, bias=True), (_draw(tokens, d),), _names(quick), part=32)
         name = f"ViT-Small MLP, {tokens} tokens, {d} to {hidden}"
         return Case(name, "mlp", columns, tokens * d * hidden, tokens, share)
 
@@ -281,7 +179,7 @@ def _attention(quick: bool) -> list[Callable[[], Case]]:
     def build(name: str) -> Case:
         q, k = _draw(images, heads, t, d), _draw(images, t, heads, d).transpose(1, 2).flip(0)
         inputs = (q, k.mT) if name == "Q K^T" else ((q @ k.mT / d**0.5).softmax(-1), k)
-        columns, share = _layer_columns(Matmul(), inputs, _names(quick), part=1)
+        columns, share = layer_columns(Matmul(), inputs, _names(quick), part=1)
         case = f"ViT-Small attention, {name}, {images} images"
         return Case(case, "attention", columns, images * heads * t * t * d, images, share)
 
@@ -292,7 +190,7 @@ def _network(name: str, group: str, make: Callable[[], nn.Module], side: int, im
     x = _draw(images, 3, side, side)
     network = _settled(make(), x) if group != "vit" else make().eval()
     # A transformer has no pipeline yet, and a naive gather would take minutes an image.
-    columns, share = _network_columns(network, x, _names(quick), frozen=group != "vit", part=int(group != "vit"))
+    columns, share = network_columns(network, x, _names(quick), frozen=group != "vit", part=int(group != "vit"))
     macs = _products(network, x[:1]) * images
     return Case(f"{name} forward, {images} images", group, columns, macs, images, share)
 
@@ -319,12 +217,34 @@ def _two_products(quick: bool) -> list[Callable[[], Case]]:
         images = 8 if quick else 64
         x = _draw(images, 3, 32, 32)
         network = _settled(make(classes=100), x)
-        columns, _ = _network_columns(network, x, (RANK_2,), frozen=True, part=0)
+        columns, _ = network_columns(network, x, (RANK_2,), frozen=True, part=0)
         macs = _products(network, x[:1]) * images
         return Case(f"{name} forward, two products, {images} images", "two_products", columns, macs, images, {})
 
     named = (("ResNet-20", models.resnet20), ("VGG11", models.vgg11_bn))
     return [functools.partial(build, *each) for each in named]
+
+
+def _mosaic(quick: bool) -> list[Callable[[], Case]]:
+    """Several multipliers inside each layer, beside the dearest and the cheapest way to have one."""
+    few = (EXACT, GATHERED, "pr(1,4)", "roup(0,4)", "random table")
+
+    def conv() -> Case:
+        images, layer = 8 if quick else 64, _conv(64, 64, kernel_size=3, padding=1)
+        x = _draw(images, 64, 16, 16, positive=True)
+        columns, share = layer_columns(layer, (x,), (*few, *MOSAICS), part=1)
+        name = f"conv 3x3, 64 to 64 channels, 16x16, mosaics, {images} images"
+        return Case(name, "mosaic", columns, x.numel() * layer.weight[0].numel(), images, share)
+
+    def resnet20() -> Case:
+        images = 8 if quick else 64
+        x = _draw(images, 3, 32, 32)
+        network = _settled(models.resnet20(classes=100, shortcut="pad"), x)
+        columns, _ = network_columns(network, x, (*few[:-1], "three ROUPs by row"), frozen=True, part=0)
+        macs = _products(network, x[:1]) * images
+        return Case(f"ResNet-20 forward, mosaics, {images} images", "mosaic", columns, macs, images)
+
+    return [conv, resnet20]
 
 
 def _training(quick: bool) -> list[Callable[[], Case]]:
@@ -338,7 +258,7 @@ def _training(quick: bool) -> list[Callable[[], Case]]:
         layers = default_layers(network)
         copies = {FLOAT32: copy.deepcopy(network)}
         for name in _names(quick):  # each with weights of its own, which its steps change
-            (copies[name],) = _approximated(copy.deepcopy(network), layers, x, [name]).values()
+            (copies[name],) = approximated(copy.deepcopy(network), layers, x, [name]).values()
         columns = {name: _step(net, x, y) for name, net in copies.items()}
         macs = 3 * _products(network, x[:1]) * images  # forward, and two products of the backward pass
         return Case(f"ResNet-20 training step, {images} images", "training", columns, macs, images, training=True)
@@ -367,7 +287,7 @@ def _scaling(quick: bool) -> list[Callable[[], Case]]:
     def grow(axis: str, value: int, channels: int, images: int) -> Case:
         layer = _conv(channels, channels, kernel_size=3, padding=1)
         x = _draw(images, channels, 16, 16, positive=True)
-        columns, share = _layer_columns(layer, (x,), names, part=0)
+        columns, share = layer_columns(layer, (x,), names, part=0)
         name = f"conv 3x3, {channels} to {channels} channels, 16x16, {images} images"
         macs = x.numel() * layer.weight[0].numel()
         return Case(name, "scaling", columns, macs, images, share, axis=axis, value=value)
@@ -375,7 +295,7 @@ def _scaling(quick: bool) -> list[Callable[[], Case]]:
     def rank(value: int) -> Case:
         layer = _conv(64, 64, kernel_size=3, padding=1)
         x = _draw(16, 64, 16, 16, positive=True)
-        columns, share = _layer_columns(layer, (x,), (f"rank {value}", "random table"), part=0)
+        columns, share = layer_columns(layer, (x,), (f"rank {value}", "random table"), part=0)
         columns["rank R"] = columns.pop(f"rank {value}")
         name = f"conv 3x3, 64 to 64 channels, 16x16, 16 images, rank {value}"
         return Case(name, "scaling", columns, x.numel() * 576, 16, share, axis="rank", value=value)
@@ -411,6 +331,7 @@ CASES: dict[str, Callable[[bool], list[Callable[[], Case]]]] = {
     "vgg11": _vgg11,
     "vit": _vit,
     "two_products": _two_products,
+    "mosaic": _mosaic,
     "training": _training,
     "scaling": _scaling,
     "peak": _peak,

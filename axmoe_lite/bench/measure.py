@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from axmoe_lite import runs
-from axmoe_lite.bench.cases import FLOAT32, FROZEN, NAIVE, PREPARED, SEED, Case, _table
+from axmoe_lite.bench.cases import Case
+from axmoe_lite.bench.columns import FLOAT32, FROZEN, NAIVE, PREPARED, SEED, table_of
 from axmoe_lite.factors import factorise
 from axmoe_lite.runs import cores
 
@@ -109,7 +110,7 @@ def _rank(case: Case, column: str) -> int | str:
         return case.value
     if column in (FLOAT32, PREPARED, NAIVE, "int8 units"):
         return ""
-    return factorise(_table(column.removesuffix(FROZEN))).rank
+    return factorise(table_of(column.removesuffix(FROZEN))).rank
 
 
 def run(
