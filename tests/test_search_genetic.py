@@ -167,6 +167,9 @@ def test_enough_generations_find_the_front_itself(evaluate, seed):
     found = of_groups(lambda one: (asked.append(assignment_digest(one)), evaluate(one))[1], seed=seed)
     assert points(found) == best(everything(PARTS, evaluate, price))
     assert len(asked) == len(set(asked)) == found[0].evaluated == 81, "it ends where everything is known"
+    first = list(asked)
+    of_groups(lambda one: (asked.append(assignment_digest(one)), evaluate(one))[1], seed=seed + 1)
+    assert asked[81:] != first, "the seed is handed on"
 
 
 def test_evolution_beats_chance_by_far():

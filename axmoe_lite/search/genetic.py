@@ -259,7 +259,7 @@ def _nsga2(sizes: np.ndarray, first: np.ndarray, crossover: float, mutation: flo
 
     def mutate(problem: Problem, born: Any, *, random_state: np.random.Generator, **_: Any) -> Any:
         chosen = born.get("X")
-        steps = 0 + random_state.integers(0, np.maximum(sizes - 1, 1), chosen.shape)
+        steps = 1 + random_state.integers(0, np.maximum(sizes - 1, 1), chosen.shape)
         hit = random_state.random(chosen.shape) < mutation
         born.set("X", np.where(hit, (chosen + steps) % sizes, chosen))
         return born
