@@ -156,10 +156,8 @@ def _check_assignments(network: nn.Module, assignments: Sequence[Mapping[str, st
             multiplier(name)
         differ = sorted(set(one) ^ set(assignments[0]))
         if differ:
-            raise ValueError(
-                f"Only one of points 0 and {p} has a multiplier for layer {differ[0]!r}; name the same layers in all,"
-                " with the exact circuit where it is meant."
-            )
+            which = f"Only one of points 0 and {p} has a multiplier for layer {differ[0]!r}"
+            raise ValueError(f"{which}; name the same layers in all, with the exact circuit where it is meant.")
 
 
 def switch(points: Points, point: int) -> nn.Module:
@@ -236,10 +234,8 @@ def fine_tune(
     _check_learning(epochs, lr, batch_size, milestones)
     moe.check_option("augment", augment, AUGMENTATIONS)
     if not weights_learn and not any(p.requires_grad for p in _overlaid(points)):
-        raise ValueError(
-            f"This {type(points.network).__name__} has no BatchNorm that could learn; let its weights learn with"
-            " weights_learn=True."
-        )
+        kind = type(points.network).__name__
+        raise ValueError(f"This {kind} has no BatchNorm that could learn; let its weights learn, weights_learn=True.")
     settings = {"images": images.name, "n_train": len(images.x_train), "model": type(points.network).__name__}
     settings |= {"points": [assignment_digest(one) for one in points.assignments], "weights_learn": weights_learn}
     settings |= {"epochs": epochs, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -371,10 +367,8 @@ def overlay_size(network: nn.Module) -> dict[str, int]:
     {'learned': 1376, 'averages': 1376}
     """
     norms = norms_of(network)
-    return {
-        "learned": sum(p.numel() for norm in norms for p in norm.parameters()),
-        "averages": sum(norm.running_mean.numel() + norm.running_var.numel() for norm in norms),
-    }
+    averages = sum(norm.running_mean.numel() + norm.running_var.numel() for norm in norms)
+    return {"learned": sum(p.numel() for norm in norms for p in norm.parameters()), "averages": averages}
 
 
 def overhead(network: nn.Module, points: int) -> float:
