@@ -11,14 +11,18 @@
     runs           which run was at work when
     study          a whole study: what each topology keeps under each circuit, what heals it, what it costs
     search         what each part can bear, and the fronts of assignments that were searched for
+    noise          what errors were foretold, what noise layers bear, and what it buys
+    points         which circuit each layer gets at each operating point, what that costs, and a run that switches
+    granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
 
-Chapters: 01 to 12.
+Chapters: 01 to 16.
 """
 
 from axmoe_lite.plots.claims import effects, verdicts
 from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
 from axmoe_lite.plots.experts import changed_choices, cluster_samples, loads, who_answers
+from axmoe_lite.plots.granularity import effort, effort_bars, reached, searched_fronts, shared_terms, weight_tuning
 from axmoe_lite.plots.layers import (
     channel_ranges,
     channel_shifts,
@@ -39,6 +43,8 @@ from axmoe_lite.plots.multipliers import (
     proxy_check,
 )
 from axmoe_lite.plots.networks import learning_curve, resilience
+from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
+from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy, point_tiles
 from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.search import mixed_fronts, sensitivities
 from axmoe_lite.plots.speed import speed_bars, speed_scaling
@@ -48,6 +54,7 @@ from axmoe_lite.plots.theme import javascript_bundle, source, theme
 __all__ = [
     "accuracy_cost",
     "broken_array_explorer",
+    "budget_trace",
     "changed_choices",
     "channel_ranges",
     "channel_shifts",
@@ -59,26 +66,36 @@ __all__ = [
     "cost_explorer",
     "coverage_chart",
     "effects",
+    "effort",
+    "effort_bars",
     "error_maps",
     "executed_stored",
     "fronts",
     "heat_map",
+    "instance_costs",
     "javascript_bundle",
     "kept_cells",
     "learning_curve",
     "loads",
     "mixed_fronts",
+    "noise_fronts",
     "number_grid",
     "pareto",
+    "point_accuracy",
+    "point_tiles",
     "power_error_front",
+    "predictions",
     "product_slopes",
     "proxy_check",
+    "reached",
     "recovered",
     "recovery",
     "recovery_curves",
     "resilience",
     "resilience_curves",
+    "searched_fronts",
     "sensitivities",
+    "shared_terms",
     "source",
     "speed_bars",
     "speed_scaling",
@@ -86,6 +103,8 @@ __all__ = [
     "sum_errors",
     "theme",
     "timeline",
+    "tolerance_bars",
     "verdicts",
+    "weight_tuning",
     "who_answers",
 ]
