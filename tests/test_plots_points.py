@@ -165,7 +165,7 @@ def test_marks_differ_by_shape_and_colour_and_the_exact_circuit_is_a_line():
     spec = plots.point_accuracy(ROWS, title="t").to_dict()
     (shape,) = [s for s in inside(spec, "shape") if isinstance(s, dict) and "scale" in s]
     assert shape["scale"]["domain"] == ["not retrained", "overlays tuned", "weights tuned too"]
-    assert len(set(shape["scale"]["range"])) == 3
+    assert shape["scale"]["range"] == ["triangle-down", "circle", "square"]
     marks, lines, goal = spec["layer"]
     colours = marks["encoding"]["color"]["scale"]
     assert colours["domain"] == shape["scale"]["domain"] and len(set(colours["range"])) == 3
