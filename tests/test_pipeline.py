@@ -439,7 +439,7 @@ def test_mixed_assignments(x):
 def test_high_ranks_and_wide_factors_stay_eager_by_name(x, monkeypatch):
     monkeypatch.setattr(kernels, "crossover_rank", lambda arithmetic: kernels.ALWAYS_FACTORED)
     network = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
-    frozen = check(network, x, {"0": ROUGH, "2": "mitchell()", "4": "roba()"})
+    frozen = check(network, x, {"0": ROUGH, "2": "mitchell()", "4": "drum(4)"})
     assert set(frozen.eager) == {"2", "4"} and all("int8 units" in why for why in frozen.eager.values())
     assert "eager: 2, mitchell()" in repr(frozen)
 

@@ -175,7 +175,7 @@ def crossover_rank(arithmetic: str) -> int:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 128, (16, 64, 16, 16), generator=generator).to(torch.int8)
     weight = torch.randint(-128, 128, (64, 64, 3, 3), generator=generator).to(torch.int8)
-    by_terms = by_name(EXACT if arithmetic == "int8" else "roba()")  # RoBA has a factor of 128: no byte
+    by_terms = by_name(EXACT if arithmetic == "int8" else "drum(4)")  # DRUM makes 144 of -128: no byte
     options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
     if arithmetic == "int8":  # as a layer has it, its weights laid out
         floats = x.float().contiguous(memory_format=torch.channels_last)
