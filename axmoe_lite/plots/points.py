@@ -294,7 +294,7 @@ def _by_point(table: pd.DataFrame, *, legend: alt.Legend | None) -> tuple[alt.Co
     points = sorted(set(table["point"]))
     ranges = [[_SHADES[p % len(_SHADES)] for p in points], [_SHAPES[p % len(_SHAPES)] for p in points]]
     return tuple(
-        channel("point:O", title="operating point", scale=alt.Scale(domain=points, range=each), legend=legend)
+        channel("point:N", title="operating point", scale=alt.Scale(domain=points, range=each), legend=legend)
         for channel, each in zip((alt.Color, alt.Shape), ranges, strict=True)
     )
 
