@@ -1,7 +1,7 @@
 """Which layer, or which expert, can bear which multiplier: assignments that are searched for, not guessed.
 
     experts      search: a front of assignments, expert by expert; groups, uniform, sensitivity; not from the paper
-    space        explore, the search without a network: sensitivities, candidates, moves; Found
+    space        explore, the search without a network: sensitivities, candidates, moves
     additive     what sensitivities that add up foretell, solved exactly
     ranking      search: plain sensitivity ranking, what one does without a method
     genetic      search: NSGA-II over the layers' multipliers, by pymoo
@@ -11,7 +11,7 @@
     qos          search: a few circuits for a few operating points (QoS-Nets)
     points       one network that switches between operating points while it runs
     maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
-    trial        one assignment on images that nobody reports: Trial, Score, hold_out
+    trial        one assignment on images that nobody reports: Trial, Score, Found, hold_out
     fronts       report on the test images; thin, dominates, compare
 
 A method is a function ``search(network, images, multipliers, ...)`` that returns assignments, each a dict from dotted
@@ -26,8 +26,8 @@ from axmoe_lite.search import agn, genetic, maxdnn, points, predict, qos, rankin
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
-from axmoe_lite.search.space import Found, explore
-from axmoe_lite.search.trial import REGIMES, Score, Trial, hold_out
+from axmoe_lite.search.space import explore
+from axmoe_lite.search.trial import REGIMES, Found, Score, Trial, hold_out
 
 __all__ = [
     "REGIMES",

@@ -12,18 +12,16 @@ Chapter: 13, "How much noise can a layer bear?"
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.multipliers import EXACT, multiplier
-from axmoe_lite.search import additive
 from axmoe_lite.search.noise import check_fit_options, check_noise, tolerances
 from axmoe_lite.search.predict import MODELS, operands, predicted_std
-from axmoe_lite.search.space import Found, catalogue
-from axmoe_lite.search.trial import Kept, Trial, assignment_digest
+from axmoe_lite.search.space import catalogue
+from axmoe_lite.search.trial import Found, Trial, assignment_digest, front
 
 LAMBDAS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
@@ -131,8 +129,8 @@ def search(
         raise ValueError(f"epochs is {epochs}; noise is learned in at least 1.")
     folder = _folder(checkpoint)
     healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
-    trial = Trial(network, images, n=n, seed=seed, **healing)
-    evaluate = Kept(trial.score, folder and folder / "scores.json", trial.settings)
+    kept = {"base": base, "checkpoint": folder and folder / "scores.json", "n": n, "seed": seed}
+    trial = Trial(network, images, **healing, **kept)
     found = operands(network, trial.held, seed=seed, calibrate_options=calibrate_options)
     predicted = predicted_std(found, names, model=model, seed=seed, progress=progress)
     signal, chosen = {layer: one.signal for layer, one in found.items()}, {}
@@ -151,7 +149,9 @@ def search(
         )
         assignment = match(learned.sigma, predicted, signal, names)
         chosen[assignment_digest(assignment)] = assignment
-    return _scored(list(chosen.values()), trial, evaluate, base, progress)
+    assignments = tqdm(chosen.values(), desc="scores", disable=not progress)
+    measured = [(one, trial.price(one), trial.evaluate(one)) for one in assignments]
+    return front(measured, evaluated=len(trial.evaluate.used))
 
 
 def _lambdas(lambdas: Iterable[float]) -> list[float]:
@@ -166,16 +166,3 @@ def _folder(checkpoint: Path | str | None) -> Path | None:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"checkpoint is the file {folder}; this search keeps several files, so name a folder.")
     return folder
-
-
-def _scored(
-    assignments: list[dict[str, str]], trial: Trial, evaluate: Kept, base: cost.Macs | float | None, progress: bool
-) -> list[Found]:
-    """The front of some assignments, from the cheapest to the dearest."""
-    scores = [evaluate(one) for one in tqdm(assignments, desc="scores", disable=not progress)]
-    costs = np.array([cost.price(trial.macs, one, base=base).p_norm for one in assignments])
-    kept = additive.undominated(costs.round(12), np.array([score.divergence for score in scores]))
-    return [
-        Found(assignments[i], costs[i].item(), s.loss, s.divergence, s.accuracy, len(evaluate.used))
-        for i, s in ((i, scores[i]) for i in kept)
-    ]

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
-from axmoe_lite.layers import approximable, default_layers
+from axmoe_lite.layers import default_layers
 from axmoe_lite.multipliers import EXACT
-from axmoe_lite.search.space import Found, catalogue, check_groups, check_options, explore
-from axmoe_lite.search.trial import Kept, Trial
+from axmoe_lite.search.space import catalogue, check_options, explore, layers_of
+from axmoe_lite.search.trial import Found, Trial
 
 BY = ("expert", "layer", "each", "network")
 
@@ -103,16 +103,17 @@ def sensitivity(
         ``more_divergence`` than all exact.
     """
     names = catalogue(multipliers)
-    trial = _trial(network, images, groups, n, seed, regime, prepare, calibrate_options)
-    evaluate = Kept(trial.score, checkpoint, trial.settings)
+    healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed}
+    trial = Trial(network, images, layers=layers_of(groups, network), **healing, **kept)
     exact = {layer: EXACT for layers in groups.values() for layer in layers}
-    start, full = evaluate(exact), cost.price(trial.macs, exact, base=base).p_norm
+    start, full = trial.evaluate(exact), trial.price(exact)
     rows = []
     with tqdm(total=len(groups) * (len(names) - 1), desc="sensitivity", disable=not progress) as bar:
         for group, layers in groups.items():
             for name in names[1:]:
                 changed = {**exact, **dict.fromkeys(layers, name)}
-                score, paid = evaluate(changed), cost.price(trial.macs, changed, base=base).p_norm
+                score, paid = trial.evaluate(changed), trial.price(changed)
                 rows.append(
                     {
                         "group": group,
@@ -169,36 +170,11 @@ def search(
     names = catalogue(multipliers)
     parts = _default_groups(network) if groups is None else groups
     check_options(parts, names, **options)
-    trial = _trial(network, images, parts, n, seed, regime, prepare, calibrate_options)
-    evaluate = Kept(trial.score, checkpoint, trial.settings)
-
-    def price(assignment: dict[str, str]) -> float:
-        return cost.price(trial.macs, assignment, base=base).p_norm
-
-    return explore(parts, names, evaluate=evaluate, price=price, seed=seed, progress=progress, **options)
+    healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed}
+    trial = Trial(network, images, layers=layers_of(parts, network), **healing, **kept)
+    asked = {"evaluate": trial.evaluate, "price": trial.price}
+    return explore(parts, names, seed=seed, progress=progress, **asked, **options)
 
 
 _default_groups = groups  # search() has an argument of that name
-
-
-def _trial(network: nn.Module, images: Images, groups: dict[str, list[str]], n: int, seed: int, *options: Any) -> Trial:
-    check_groups(groups)
-    known = approximable(network)
-    for group, layers in groups.items():
-        for layer in layers:
-            if layer not in known:
-                raise ValueError(
-                    f"Group {group!r} names layer {layer!r}; this {type(network).__name__} has {', '.join(known)}."
-                )
-    layers = [layer for layers in groups.values() for layer in layers]
-    regime, prepare, calibrate_options = options
-    return Trial(
-        network,
-        images,
-        layers=layers,
-        n=n,
-        seed=seed,
-        regime=regime,
-        prepare=prepare,
-        calibrate_options=calibrate_options,
-    )

@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from axmoe_lite import cost
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import default_layers
-from axmoe_lite.search.space import Found
-from axmoe_lite.search.trial import Trial, assignment_digest
+from axmoe_lite.search.trial import Found, Trial, assignment_digest
 from axmoe_lite.study import pack_answers, unpack_answers
 
 LESS = ("loss", "divergence")  # of these less is better, of all else more

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.search import additive, experts
-from axmoe_lite.search.space import OBJECTIVES, Found, catalogue, check_groups
-from axmoe_lite.search.trial import Kept, Score, Trial
+from axmoe_lite.search.space import OBJECTIVES, catalogue, check_groups, layers_of
+from axmoe_lite.search.trial import Found, Score, Trial, front
 
 INSTALL = 'pip install "axmoe_lite[search]"'
 
@@ -152,11 +152,8 @@ def explore(
     uniform = np.repeat(np.arange(len(names))[:, None], len(groups), 1)
     genes = [len(names)] * len(groups)
     found = evolve(genes, evaluate=objectives, start=uniform, seed=seed, progress=progress, **options)
-    front = [scores[choice.tobytes()] for choice in found.choices]
-    return [
-        Found(assignment, paid, score.loss, score.divergence, score.accuracy, evaluated=found.evaluated)
-        for assignment, paid, score in front
-    ]
+    best = [scores[choice.tobytes()] for choice in found.choices]
+    return front(best, objective=objective, evaluated=found.evaluated)
 
 
 def search(
@@ -200,22 +197,11 @@ def search(
     names = catalogue(multipliers)
     parts = experts.groups(network) if groups is None else groups
     check_options(parts, names, **options)
-    trial = Trial(
-        network,
-        images,
-        layers=[layer for layers in parts.values() for layer in layers],
-        n=n,
-        seed=seed,
-        regime=regime,
-        prepare=prepare,
-        calibrate_options=calibrate_options,
-    )
-    evaluate = Kept(trial.score, checkpoint, trial.settings)
-
-    def price(assignment: dict[str, str]) -> float:
-        return cost.price(trial.macs, assignment, base=base).p_norm
-
-    return explore(parts, names, evaluate=evaluate, price=price, seed=seed, progress=progress, **options)
+    healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed}
+    trial = Trial(network, images, layers=layers_of(parts, network), **healing, **kept)
+    asked = {"evaluate": trial.evaluate, "price": trial.price}
+    return explore(parts, names, seed=seed, progress=progress, **asked, **options)
 
 
 # --------------------------------------------------------------------------------- pieces

@@ -25,8 +25,8 @@ from axmoe_lite.layers import approximable, default_layers
 from axmoe_lite.multipliers import EXACT, mosaic_name
 from axmoe_lite.multipliers.mosaic import AXES
 from axmoe_lite.search import genetic
-from axmoe_lite.search.space import OBJECTIVES, Found, catalogue
-from axmoe_lite.search.trial import Kept, Trial
+from axmoe_lite.search.space import OBJECTIVES, catalogue
+from axmoe_lite.search.trial import Found, Score, Trial, front
 
 BY = ("layer", *AXES, "skip")
 POLARITIES = ("within", "outside")
@@ -186,17 +186,17 @@ def search(
     start = np.stack([np.full(len(genes), value) for value in range(max(genes))])
     genetic.check_numbers(len(start), **options)
     healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
-    trial = Trial(network, images, layers=list(cut), n=n, seed=seed, **healing)
-    evaluate = Kept(trial.score, checkpoint, {**trial.settings, "by": by})
-    known: dict[bytes, Found] = {}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed, "settings": {"by": by}}
+    trial = Trial(network, images, layers=list(cut), **healing, **kept)
+    known: dict[bytes, tuple[dict[str, str], float, Score]] = {}
 
     def objectives(choice: np.ndarray) -> tuple[float, float]:
         chosen = [told[layer][int(value)] for layer, value in zip(layer_of, choice, strict=True)]
         assignment = assembled(cut, chosen, by="filter" if by in ("layer", "skip") else by)
-        paid, score = cost.price(trial.macs, assignment, base=base).p_norm, evaluate(assignment)
-        known[choice.tobytes()] = Found(assignment, paid, score.loss, score.divergence, score.accuracy, 0)
+        paid, score = trial.price(assignment), trial.evaluate(assignment)
+        known[choice.tobytes()] = assignment, paid, score
         return round(paid, 12), getattr(score, objective)  # equal sums may differ in their last bits
 
     found = genetic.evolve(genes, evaluate=objectives, start=start, seed=seed, progress=progress, **options)
-    front = [known[choice.tobytes()] for choice in found.choices]
-    return [Found(**{**vars(one), "evaluated": found.evaluated}) for one in front]
+    best = [known[choice.tobytes()] for choice in found.choices]
+    return front(best, objective=objective, evaluated=found.evaluated)

@@ -33,8 +33,8 @@ from axmoe_lite import cost
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable
 from axmoe_lite.multipliers import EXACT, multiplier
-from axmoe_lite.search.space import Found, catalogue
-from axmoe_lite.search.trial import Kept, Trial
+from axmoe_lite.search.space import catalogue
+from axmoe_lite.search.trial import Found, Trial
 
 SCALES = (0.3, 1.0, 2.0)
 STARTS = 10  # of k-means, of which the best is taken
@@ -207,13 +207,14 @@ def search(
     for layer in sigma:
         if layer not in known:
             raise ValueError(f"{_unknown(layer, known)} This {type(network).__name__} has {', '.join(known)}.")
-    options = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
-    trial = Trial(network, images, layers=list(sigma), n=n, seed=seed, **options)
-    evaluate, found = Kept(trial.score, checkpoint, trial.settings), []
-    for assignment in tqdm(assignments, desc="operating points", disable=not progress):
-        score, paid = evaluate(assignment), cost.price(trial.macs, assignment, base=base)
-        found.append((assignment, paid.p_norm, score.loss, score.divergence, score.accuracy))
-    return [Found(*one, evaluated=len(evaluate.used)) for one in found]
+    healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed}
+    trial = Trial(network, images, layers=list(sigma), **healing, **kept)
+    scores = [trial.evaluate(one) for one in tqdm(assignments, desc="operating points", disable=not progress)]
+    return [
+        Found(one, trial.price(one), s.loss, s.divergence, s.accuracy, evaluated=len(trial.evaluate.used))
+        for one, s in zip(assignments, scores, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------ what is refused

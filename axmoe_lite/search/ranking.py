@@ -23,8 +23,8 @@ from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.multipliers import EXACT
 from axmoe_lite.search import additive, experts
-from axmoe_lite.search.space import OBJECTIVES, Found, catalogue, check_groups
-from axmoe_lite.search.trial import Kept, Score, Trial
+from axmoe_lite.search.space import OBJECTIVES, catalogue, check_groups, layers_of
+from axmoe_lite.search.trial import Found, Kept, Score, Trial, front
 
 
 def rank(more: np.ndarray, saved: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def explore(
             order = rank(more, saved.round(12))
             for k in additive.spread(-np.concatenate([[0.0], saved[order]]).cumsum(), points):
                 measure(np.isin(np.arange(len(groups)), order[:k]) * m)
-    return _front(list(measured.values()), objective, asked.ran)
+    return front(measured.values(), objective=objective, evaluated=asked.ran)
 
 
 def search(
@@ -151,33 +151,11 @@ def search(
     names = catalogue(multipliers)
     parts = experts.groups(network) if groups is None else groups
     _check_options(parts, points=points, objective=objective)
-    trial = Trial(
-        network,
-        images,
-        layers=[layer for layers in parts.values() for layer in layers],
-        n=n,
-        seed=seed,
-        regime=regime,
-        prepare=prepare,
-        calibrate_options=calibrate_options,
-    )
-    evaluate = Kept(trial.score, checkpoint, trial.settings)
-
-    def price(assignment: dict[str, str]) -> float:
-        return cost.price(trial.macs, assignment, base=base).p_norm
-
-    return explore(parts, names, evaluate=evaluate, price=price, points=points, objective=objective, progress=progress)
-
-
-def _front(measured: list[tuple[dict[str, str], float, Score]], objective: str, evaluated: int) -> list[Found]:
-    """Those that none dominates, from the cheapest."""
-    paid = np.array([paid for _, paid, _ in measured]).round(12)  # equal sums may differ in their last bits
-    lost = np.array([getattr(score, objective) for _, _, score in measured])
-    found = []
-    for i in additive.undominated(paid, lost):
-        assignment, price, score = measured[i]
-        found.append(Found(assignment, price, score.loss, score.divergence, score.accuracy, evaluated))
-    return found
+    healing = {"regime": regime, "prepare": prepare, "calibrate_options": calibrate_options}
+    kept = {"base": base, "checkpoint": checkpoint, "n": n, "seed": seed}
+    trial = Trial(network, images, layers=layers_of(parts, network), **healing, **kept)
+    asked = {"evaluate": trial.evaluate, "price": trial.price}
+    return explore(parts, names, points=points, objective=objective, progress=progress, **asked)
 
 
 def _check_options(groups: dict[str, list[str]], *, points: int, objective: str) -> None:

@@ -4,37 +4,19 @@ Chapter: 12, "A multiplier for each expert?"
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 from tqdm.auto import tqdm
 
 from axmoe_lite import moe
+from axmoe_lite.layers import approximable
 from axmoe_lite.multipliers import EXACT, multiplier
 from axmoe_lite.search import additive
-from axmoe_lite.search.trial import Score
+from axmoe_lite.search.trial import Found, Score, front
 
 OBJECTIVES = ("divergence", "loss")
 BROKEN = 0.5  # below this share of the exact circuit's accuracy nothing is refined any more
-
-
-@dataclass(frozen=True)
-class Found:
-    """An assignment on the front, as measured on the validation images.
-
-    Attributes:
-        assignment: dotted layer name to multiplier name.
-        p_norm: normalised cost with the routing of the validation images, see :mod:`axmoe_lite.cost`.
-        loss, divergence, accuracy: see :class:`Score`.
-        evaluated: how many networks the search has run altogether, sensitivities among them.
-    """
-
-    assignment: dict[str, str]
-    p_norm: float
-    loss: float
-    divergence: float
-    accuracy: float
-    evaluated: int
 
 
 def explore(
@@ -184,12 +166,9 @@ class _Space:
         return False
 
     def front(self) -> list[Found]:
-        found = []
-        for choice in self.known()[0]:
-            score, assignment = self.scores[tuple(choice)], self.assignment(choice)
-            figures = (score.loss, score.divergence, score.accuracy)
-            found.append(Found(assignment, self._price(assignment), *figures, evaluated=len(self.scores)))
-        return found
+        chosen = [self.assignment(choice) for choice in self.scores]
+        measured = zip(chosen, map(self._price, chosen), self.scores.values(), strict=True)
+        return front(measured, objective=self._objective, evaluated=len(self.scores))
 
 
 def catalogue(multipliers: Iterable[str], *, exact: bool = True) -> list[str]:
@@ -221,6 +200,19 @@ def check_groups(groups: dict[str, list[str]]) -> None:
     twice = [layer for layer in dict.fromkeys(layers) if layers.count(layer) > 1]
     if twice:
         raise ValueError(f"Layer {twice[0]!r} is in two groups, which may choose differently; name it once.")
+
+
+def layers_of(groups: dict[str, list[str]], network: nn.Module) -> list[str]:
+    """The layers of all groups, all of which the network has."""
+    check_groups(groups)
+    known = approximable(network)
+    for group, layers in groups.items():
+        for layer in layers:
+            if layer not in known:
+                raise ValueError(
+                    f"Group {group!r} names layer {layer!r}; this {type(network).__name__} has {', '.join(known)}."
+                )
+    return [layer for layers in groups.values() for layer in layers]
 
 
 def check_options(

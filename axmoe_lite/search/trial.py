@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from axmoe_lite.layers import approximate, assignment_of, default_layers, evalua
 from axmoe_lite.layers.correction import correct_bias
 from axmoe_lite.multipliers import EXACT, multiplier
 from axmoe_lite.runs import store
+from axmoe_lite.search import additive
 from axmoe_lite.train import calibrate, predict, refresh_norms
 
 REGIMES = ("not retrained", "bias corrected", "norms refreshed")
@@ -39,6 +41,36 @@ class Score:
     loss: float
     divergence: float
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """An assignment on the front, as measured on the validation images.
+
+    Attributes:
+        assignment: dotted layer name to multiplier name.
+        p_norm: normalised cost with the routing of the validation images, see :mod:`axmoe_lite.cost`.
+        loss, divergence, accuracy: see :class:`Score`.
+        evaluated: how many networks the search has run altogether, sensitivities among them.
+    """
+
+    assignment: dict[str, str]
+    p_norm: float
+    loss: float
+    divergence: float
+    accuracy: float
+    evaluated: int
+
+
+def front(
+    measured: Iterable[tuple[dict[str, str], float, Score]], *, objective: str = "divergence", evaluated: int
+) -> list[Found]:
+    """Of assignments, their costs and their scores those that none dominates, from the cheapest to the dearest."""
+    measured = list(measured)
+    paid = np.array([paid for _, paid, _ in measured]).round(12)  # equal sums may differ in their last bits
+    lost = np.array([getattr(score, objective) for *_, score in measured])
+    best = [measured[i] for i in additive.undominated(paid, lost)]
+    return [Found(one, paid, s.loss, s.divergence, s.accuracy, evaluated) for one, paid, s in best]
 
 
 def hold_out(images: Images, *, n: int = 1000, seed: int = 0) -> Images:
@@ -84,12 +116,17 @@ class Trial:
             :func:`~axmoe_lite.train.refresh_norms`. Only training images are looked at that are not held out.
         prepare: does it instead, in place; ``regime`` is then your name for it.
         calibrate_options: of :func:`~axmoe_lite.train.calibrate`, such as ``n`` or ``per_channel``.
+        base: what costs are relative to: the count of the dense network; None: this network.
+        checkpoint: a JSON file that keeps every score; None: nothing is written.
+        settings: what else a score depends on, so that a checkpoint of other settings is refused.
 
     Attributes:
         macs: :func:`axmoe_lite.cost.count` on the validation images, so with their routing.
+        evaluate: :meth:`score`, :class:`Kept`.
 
     Raises:
-        ValueError: for an unknown regime, layer or option, or a network that is approximate already.
+        ValueError: for an unknown regime, layer or option, a network that is approximate already, or the checkpoint
+            of another search.
     """
 
     def __init__(
@@ -103,6 +140,9 @@ class Trial:
         regime: str = "bias corrected",
         prepare: Callable[[nn.Module], object] | None = None,
         calibrate_options: dict | None = None,
+        base: cost.Macs | float | None = None,
+        checkpoint: Path | str | None = None,
+        settings: dict | None = None,
     ) -> None:
         if assignment_of(network):
             raise ValueError(f"This {type(network).__name__} has approximate layers already; restore() it before.")
@@ -121,7 +161,13 @@ class Trial:
             "images": digest([self.held.x_train, self.held.y_train, self.held.x_test, self.held.y_test]),
             "options": repr(told),
             "layers": digest([], *layers),
+            **(settings or {}),
         }
+        self._base, self.evaluate = base, Kept(self.score, checkpoint, self.settings)
+
+    def price(self, assignment: dict[str, str]) -> float:
+        """Its normalised cost, with the routing of the validation images."""
+        return cost.price(self.macs, assignment, base=self._base).p_norm
 
     def place(self, assignment: dict[str, str]) -> nn.Module:
         """A copy of the network under the assignment, calibrated and healed as the regime says."""
