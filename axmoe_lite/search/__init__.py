@@ -11,6 +11,7 @@
     qos          search: a few circuits for a few operating points (QoS-Nets)
     points       one network that switches between operating points while it runs
     maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
+    places       which core type, and which multiplier, for each part of a mixture; not from a paper
     trial        one assignment on images that nobody reports: Trial, Score, Found, hold_out
     fronts       report on the test images; thin, dominates, compare
 
@@ -19,10 +20,10 @@ layer names to multiplier names. It chooses on training images (:func:`hold_out`
 images; :func:`report` looks at those, once, when everything has been chosen. A mixture is compared with what the same
 effort finds for the dense network layer by layer: else it would be credited with what mixing does for any network.
 
-Chapters: 12, "A multiplier for each expert?", to 16, "Which search should I use?".
+Chapters: 12, "A multiplier for each expert?", to 19, "Where should an expert live?".
 """
 
-from axmoe_lite.search import agn, genetic, maxdnn, points, predict, qos, ranking
+from axmoe_lite.search import agn, genetic, maxdnn, places, points, predict, qos, ranking
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
@@ -43,6 +44,7 @@ __all__ = [
     "groups",
     "hold_out",
     "maxdnn",
+    "places",
     "points",
     "predict",
     "qos",
