@@ -76,7 +76,7 @@ def test_infinite_harm_is_never_chosen() -> None:
     assert {layer for layer, name in there.assignment.items() if name == L2L} <= {"stem"}
 
 
-def test_of_equal_loads_the_cheaper_wins() -> None:
+def test_at_that_load_the_least_energy_wins() -> None:
     there = places.best(MACS, PARTS, [L2L], cores=TWO)
     assert set(there.assignment.values()) == {L2L}
 

@@ -21,7 +21,7 @@ Chapter: 19, "Where should an expert live?"
 import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -150,7 +150,7 @@ def best(
     """The placement and the multipliers of most throughput within a budget of energy, and one of harm.
 
     A mixed-integer linear programme (SciPy's HiGHS): one choice of core type and multiplier for each part, the greatest
-    load as small as can be, to within :data:`GAP`; of equal loads about the least energy. Harm is taken to add up over
+    load as small as can be, to within :data:`GAP`; then the least energy at that load. Harm is taken to add up over
     parts, which is only about true; see :mod:`axmoe_lite.search.additive`.
 
     Args:
@@ -177,50 +177,62 @@ def best(
     >>> best(macs, parts, ["mul8s_1L2L"], cores=two, energy=0.4).assignment["a"]
     'mul8s_1L2L'
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # heavy, and needed nowhere else
-
     _check(macs, parts, cores, share)
-    names = catalogue(multipliers)
+    names, total = catalogue(multipliers), _base(macs, base)
     lost = _lost(parts, names, harm)
     power = np.array([multiplier(name).power_mw for name in names]) / multiplier(EXACT).power_mw
     executed = np.array([sum(macs.layers[layer].executed for layer in layers) for layers in parts.values()])
+    fixed = macs.executed - executed.sum()  # gates and the like, exactly, on the first cores
     P, C, M = len(parts), len(cores), len(names)
     factor = np.outer([core.energy for core in cores], share * power + 1 - share) / cores[0].energy
-    spent = executed[:, None, None] * factor / _base(macs, base)  # [P, C, M]
-    fixed = macs.executed - executed.sum()  # gates and the like, exactly, on the first cores
-
-    # The variables are x [P, C, M], 0 or 1, and the greatest load in seconds.
-    once = np.kron(np.eye(P), np.ones(C * M))
-    busy = np.stack([executed / core.macs_per_s for core in cores])  # [C, P]
-    loads = np.stack([np.einsum("p,c,m->pcm", busy[c], np.eye(C)[c], np.ones(M)).ravel() for c in range(C)])
-    start = np.zeros(C)
-    start[0] = fixed / cores[0].macs_per_s
-    scale = max(busy.min(0).sum(), 1e-30)  # all at its quickest: loads in this unit are about 1
-    rows = [LinearConstraint(np.c_[once, np.zeros(P)], 1, 1)]
-    rows.append(LinearConstraint(np.c_[loads / scale, -np.ones(C)], -np.inf, -start / scale))
-    if np.isfinite(energy):
-        rows.append(LinearConstraint(np.append(spent.ravel(), 0), -np.inf, energy - fixed / _base(macs, base)))
-    forbidden = ~np.isfinite(lost)
-    if np.isfinite(most_harm):
-        told = np.where(forbidden, 0, lost)[:, None, :].repeat(C, 1)
-        rows.append(LinearConstraint(np.append(told.ravel(), 0), -np.inf, most_harm))
-    upper = np.append(np.where(forbidden[:, None, :].repeat(C, 1), 0, 1).ravel(), np.inf)
-    found = milp(
-        np.append(spent.ravel() * GAP / 10, 1),
-        integrality=np.append(np.ones(P * C * M), 0),
-        bounds=Bounds(0, upper),
-        constraints=rows,
-        options={"mip_rel_gap": GAP},
-    )
-    if found.x is None:
+    spent = executed[:, None, None] * factor / total  # [P, C, M]
+    busy = np.zeros((C, P, C, M))
+    for c, core in enumerate(cores):
+        busy[c, :, c] = executed[:, None] / core.macs_per_s
+    start = np.array([fixed / cores[0].macs_per_s, *[0.0] * (C - 1)])
+    told = np.broadcast_to(lost[:, None], (P, C, M))
+    limits = [(spent, energy - fixed / total), (np.where(np.isfinite(told), told, 0), most_harm)]
+    choice = _solved(spent, busy, start, limits, allowed=np.isfinite(told))
+    if choice is None:
         return None
-    choice = found.x[:-1].reshape(P, C * M).argmax(1)
     places = {part: cores[i // M].name for part, i in zip(parts, choice, strict=True)}
     chosen = {part: names[i % M] for part, i in zip(parts, choice, strict=True)}
     assignment = {layer: chosen[part] for part, layers in parts.items() for layer in layers}
     there = put(macs, parts, places, assignment, cores=cores, base=base, share=share)
-    total = sum(lost[p, i % M] for p, i in enumerate(choice))
-    return Placed(**{**vars(there), "harm": float(total)})
+    return replace(there, harm=float(sum(lost[p, i % M] for p, i in enumerate(choice))))
+
+
+def _solved(
+    spent: np.ndarray, busy: np.ndarray, start: np.ndarray, limits: list[tuple[np.ndarray, float]], allowed: np.ndarray
+) -> np.ndarray | None:
+    """The least greatest load, then the least energy at that load: for each part which of its C * M choices, [P].
+
+    Args:
+        spent: [P, C, M], energy of each choice.
+        busy: [C, P, C, M], seconds of each choice on each core type; start: [C], seconds that nobody chooses.
+        limits: pairs of what a choice takes, [P, C, M], and what all may take together.
+        allowed: bool [P, C, M].
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # heavy, and needed nowhere else
+
+    P, C, M = spent.shape
+    size = P * C * M
+    # The variables are a choice each, 0 or 1, and the greatest load, as a share of what the quickest cores would take.
+    scale = max(busy.sum(0).min(1).sum(), 1e-30)
+    rows = [
+        LinearConstraint(np.c_[np.kron(np.eye(P), np.ones(C * M)), np.zeros(P)], 1, 1),
+        LinearConstraint(np.c_[busy.reshape(C, size) / scale, -np.ones(C)], -np.inf, -start / scale),
+    ]
+    rows += [LinearConstraint(np.append(each, 0), -np.inf, most) for each, most in limits if np.isfinite(most)]
+    kinds, highest = np.append(np.ones(size), 0), np.append(allowed, np.inf)
+    load = np.append(np.zeros(size), 1)
+    for objective in (load, np.append(spent, 0)):
+        bounds, options = Bounds(0, highest), {"mip_rel_gap": GAP}
+        found = milp(objective, integrality=kinds, bounds=bounds, constraints=rows, options=options)
+        if found.x is None:
+            return None
+        highest[-1] = found.x[-1] * (1 + GAP)  # what the second objective may not spoil
+    return found.x[:-1].reshape(P, C * M).argmax(1)
 
 
 def used(parts: Mapping[str, Sequence[str]], seen: Mapping[str, Sequence[moe.Routing]]) -> np.ndarray:
