@@ -164,3 +164,22 @@ def test_bad_input_to_put_stream_and_used() -> None:
         places.stream(np.ones((3, 4)), PARTS, there, MACS, cores=TWO, inside=0)
     with pytest.raises(ValueError, match="no decisions"):
         places.used(PARTS, {})
+
+
+def test_consecutive_is_the_best_of_all_cuts() -> None:
+    there = places.consecutive(MACS, PARTS, {}, cores=TWO)
+    # Layers of 20, 20 (both experts) and 10: big may take 40, 30, 20, 10 or 50 at 10 a second, little the rest at 4.
+    # 40 | 10: 4.0 and 2.5 seconds; 30 | 20: 3.0 and 5.0. So stem and experts are big, or experts and head are not.
+    assert there.places == dict(zip(PARTS, ["big", "big", "big", "little"], strict=True))
+    assert there.throughput == pytest.approx(1 / 4)
+    free = places.best(MACS, PARTS, [], cores=TWO)
+    assert free.throughput > there.throughput  # it may tear the experts apart: 20 + 15 | 5 + 10
+    assert max(free.load_s.values()) == pytest.approx(3.75)
+
+
+def test_consecutive_with_three_core_types() -> None:
+    three = (BIG, LITTLE, places.Core("tiny", 1.0, 0.25))
+    macs = macs_of(a=(4.0, 4.0), b=(1.0, 1.0), c=(10.0, 10.0))
+    there = places.consecutive(macs, {name: [name] for name in "abc"}, {}, cores=three)
+    assert there.places == {"a": "little", "b": "tiny", "c": "big"}
+    assert there.throughput == pytest.approx(1.0)

@@ -13,10 +13,11 @@
     search         what each part can bear, and the fronts of assignments that were searched for
     noise          what errors were foretold, what noise layers bear, and what it buys
     points         which circuit each layer gets at each operating point, what that costs, and a run that switches
+    places         who works when and where: parts on core types, images that step through stages
     granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
 
-Chapters: 01 to 16.
+Chapters: 01 to 19.
 """
 
 from axmoe_lite.plots.claims import effects, verdicts
@@ -44,6 +45,7 @@ from axmoe_lite.plots.multipliers import (
 )
 from axmoe_lite.plots.networks import learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
+from axmoe_lite.plots.places import energy_fronts, gantt, places_map
 from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy, point_tiles
 from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.search import mixed_fronts, sensitivities
@@ -68,9 +70,11 @@ __all__ = [
     "effects",
     "effort",
     "effort_bars",
+    "energy_fronts",
     "error_maps",
     "executed_stored",
     "fronts",
+    "gantt",
     "heat_map",
     "instance_costs",
     "javascript_bundle",
@@ -81,6 +85,7 @@ __all__ = [
     "noise_fronts",
     "number_grid",
     "pareto",
+    "places_map",
     "point_accuracy",
     "point_tiles",
     "power_error_front",

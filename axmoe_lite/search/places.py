@@ -3,6 +3,7 @@
     parts = groups(network, by="expert")                         what may be put somewhere
     there = put(macs, parts, places, assignment, cores=BOARD)    what a placement costs: time, throughput, energy
     there = best(macs, parts, multipliers, energy=0.4, harm=…)   the placement of most throughput within budgets
+    there = consecutive(macs, parts, assignment)                 Pipe-it's: a run of layers for each core type
     done = stream(used, parts, there, macs)                      images one after another, routed as they really are
 
 Pipe-it gives each core type a run of consecutive layers. In a mixture a layer has parts that few inputs need, and a
@@ -233,6 +234,38 @@ def _solved(
             return None
         highest[-1] = found.x[-1] * (1 + GAP)  # what the second objective may not spoil
     return found.x[:-1].reshape(P, C * M).argmax(1)
+
+
+def consecutive(
+    macs: cost.Macs,
+    parts: Mapping[str, Sequence[str]],
+    assignment: Mapping[str, str],
+    *,
+    cores: Sequence[Core] = BOARD,
+    base: cost.Macs | float | None = None,
+    share: float = 1.0,
+) -> Placed:
+    """Pipe-it's way: each core type gets one run of consecutive layers, all experts of a layer together.
+
+    Of all cuts, with the core types in any order and none of them idle by force, the one of most throughput; of equal
+    ones the one of least energy.
+
+    >>> macs = cost.Macs({name: cost.LayerMacs("conv", 10.0, 10.0) for name in "abc"}, 0, 1)
+    >>> two = (Core("big", 10.0, 1.0), Core("little", 5.0, 0.5))
+    >>> consecutive(macs, {name: [name] for name in "abc"}, {}, cores=two).places
+    {'a': 'big', 'b': 'big', 'c': 'little'}
+    """
+    _check(macs, parts, cores, share)
+    layer_of = [part.partition(".experts.")[0] for part in parts]
+    layers = list(dict.fromkeys(layer_of))
+    told, found = {"cores": cores, "base": base, "share": share}, []
+    for order in itertools.permutations(core.name for core in cores):
+        for cuts in itertools.combinations_with_replacement(range(len(layers) + 1), len(cores) - 1):
+            run = np.searchsorted(cuts, np.arange(len(layers)), side="right")
+            home = {layer: order[i] for layer, i in zip(layers, run, strict=True)}
+            places = {part: home[layer] for part, layer in zip(parts, layer_of, strict=True)}
+            found.append(put(macs, parts, places, assignment, **told))
+    return min(found, key=lambda one: (-one.throughput, one.energy))
 
 
 def used(parts: Mapping[str, Sequence[str]], seen: Mapping[str, Sequence[moe.Routing]]) -> np.ndarray:
