@@ -45,7 +45,7 @@ from axmoe_lite.plots.multipliers import (
 )
 from axmoe_lite.plots.networks import learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
-from axmoe_lite.plots.places import energy_fronts, gantt, places_map
+from axmoe_lite.plots.places import crossings, energy_fronts, gantt, places_map
 from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy, point_tiles
 from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.search import mixed_fronts, sensitivities
@@ -67,6 +67,7 @@ __all__ = [
     "corrected",
     "cost_explorer",
     "coverage_chart",
+    "crossings",
     "effects",
     "effort",
     "effort_bars",

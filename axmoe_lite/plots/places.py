@@ -182,3 +182,40 @@ def energy_fronts(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.
     )
     lines = shown.mark_line(strokeWidth=1.5).encode(order="energy:Q")
     return alt.layer(points.add_params(pick), lines).properties(width=540, height=320, title=title)
+
+
+def crossings(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.FacetChart:
+    """Images per second against what a change of core type costs: a line a placement, a panel a network.
+
+    Args:
+        rows: ``network``, ``placement``, ``crossing_us``, ``images_per_s`` and ``crossings`` (an image).
+
+    Raises:
+        ValueError: for no rows.
+    """
+    table = pd.DataFrame([dict(row) for row in rows])
+    if table.empty:
+        raise ValueError("crossings() was given no rows; search.places.stream() measures them.")
+    kinds = list(dict.fromkeys(table["placement"]))
+    colours = alt.Scale(domain=kinds, range=_COLOURS[: len(kinds)])
+    base = alt.Chart(table).encode(
+        x=alt.X("crossing_us:Q", title="a change of core type takes, us"),
+        y=alt.Y("images_per_s:Q", title="images per second"),
+        color=alt.Color("placement:N", title=None, scale=colours, legend=alt.Legend(orient="top")),
+    )
+    points = base.mark_point(filled=True, size=50).encode(
+        shape=alt.Shape("placement:N", scale=alt.Scale(domain=kinds), legend=None),
+        tooltip=[
+            "network",
+            "placement",
+            alt.Tooltip("crossing_us:Q", title="a crossing takes, us"),
+            alt.Tooltip("images_per_s:Q", title="images per second", format=",.0f"),
+            alt.Tooltip("crossings:Q", title="crossings an image", format=".2f"),
+        ],
+    )
+    return (
+        alt.layer(base.mark_line(strokeWidth=1.5), points)
+        .properties(width=250, height=220)
+        .facet(column=alt.Column("network:N", title=None, sort=list(dict.fromkeys(table["network"]))))
+        .properties(title=title)
+    )
