@@ -1,10 +1,12 @@
 """plots.places: bars of work, a map of a placement, and fronts of energy, drawn from numbers that are known."""
 
+import numpy as np
 import pytest
 
 from axmoe_lite import cost, plots
 from axmoe_lite.runs import EVIDENCE
 from axmoe_lite.search import places
+from axmoe_lite.search.stream import Streamed
 
 
 def rows_of(chart) -> list[dict]:
@@ -63,14 +65,15 @@ def test_energy_fronts_needs_evidence() -> None:
 
 
 def test_crossings_has_a_panel_a_network() -> None:
-    rows = [
-        {"network": n, "placement": p, "crossing_us": us, "images_per_s": 10.0 - us, "crossings": 4}
+    streamed = {
+        (n, p, us): Streamed(10.0 - us, np.ones(2), {"big": 1.0}, 4.0, [])
         for n in ("dense", "hard")
         for p in ("anywhere", "consecutive")
         for us in (0, 5)
-    ]
-    spec = plots.crossings(rows).to_dict()
-    assert spec["facet"]["column"]["sort"] == ["dense", "hard"]
-    assert len(rows_of(plots.crossings(rows))) == 8
-    with pytest.raises(ValueError, match="no rows"):
-        plots.crossings([])
+    }
+    chart = plots.crossings(streamed)
+    assert chart.to_dict()["facet"]["column"]["sort"] == ["dense", "hard"]
+    assert {row["images_per_s"] for row in rows_of(chart) if row["crossing_us"] == 5} == {5.0}
+    assert len(rows_of(chart)) == 8
+    with pytest.raises(ValueError, match="nothing"):
+        plots.crossings({})

@@ -1,4 +1,4 @@
-"""search.places: parts on core types, priced by hand, chosen as brute force chooses, and streamed in simulated time."""
+"""search.places and search.stream: priced by hand, chosen as brute force chooses, streamed in simulated time."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from axmoe_lite import cost, models, moe, search
-from axmoe_lite.search import places
+from axmoe_lite.search import places, stream
 
 BIG, LITTLE = places.Core("big", 10.0, 1.0), places.Core("little", 4.0, 0.5)
 TWO = (BIG, LITTLE)
@@ -86,9 +86,9 @@ def test_a_line_of_images_reaches_the_foretold_throughput() -> None:
     expert = (draw.random(400) < 0.25).astype(int)  # as MACS says: a quarter of the inputs need the second
     needed = np.stack([np.ones(400), expert == 0, expert == 1, np.ones(400)], 1).astype(bool)
     there = places.put(MACS, PARTS, dict(zip(PARTS, ["big", "little", "big", "big"], strict=True)), {}, cores=TWO)
-    done = places.stream(needed, PARTS, there, MACS, cores=TWO, inside=12)
+    done = stream.stream(needed, PARTS, there, MACS, cores=TWO, inside=12)
     assert done.throughput == pytest.approx(there.throughput, rel=0.05)
-    alone = places.stream(needed, PARTS, there, MACS, cores=TWO, inside=1)
+    alone = stream.stream(needed, PARTS, there, MACS, cores=TWO, inside=1)
     assert alone.throughput == pytest.approx(1 / alone.time_s[100:300].mean(), rel=0.01)
     assert alone.time_s.max() == pytest.approx(2 + 20 / 4 + 1)  # stem, expert 0 on the small cores, head
     assert set(np.unique(alone.time_s.round(6))) == {5.0, 8.0}
@@ -97,13 +97,13 @@ def test_a_line_of_images_reaches_the_foretold_throughput() -> None:
 def test_a_line_never_has_two_parts_on_one_core_type_at_a_time() -> None:
     needed = np.ones((30, 4), bool)
     there = places.put(MACS, PARTS, dict(zip(PARTS, ["big", "little", "big", "little"], strict=True)), {}, cores=TWO)
-    done = places.stream(needed, PARTS, there, MACS, cores=TWO, inside=5, crossing_s=0.25)
+    done = stream.stream(needed, PARTS, there, MACS, cores=TWO, inside=5, crossing_s=0.25)
     assert len(done.spans) == 30 * 4
     for core in ("big", "little"):
-        spans = sorted((start, end) for *_, where, start, end in done.spans if where == core)
+        spans = sorted((start, end) for _, where, start, end, _ in done.spans if where == core)
         assert all(end <= start + 1e-9 for (_, end), (start, _) in itertools.pairwise(spans))
     assert done.crossings == 3  # to the small cores, back, and there again
-    first = [(start, end) for image, _, _, start, end in done.spans if image == 0]
+    first = [(start, end) for image, _, start, end, _ in done.spans if image == 0]
     assert first[1][1] - first[1][0] == pytest.approx(20 / 4 + 0.25)
 
 
@@ -114,7 +114,7 @@ def test_used_reads_the_routing() -> None:
     with moe.watching(network) as seen, torch.no_grad():
         network(x[:4])
         network(x[4:])
-    needed = places.used(parts, seen)
+    needed = stream.used(parts, seen)
     mixtures = list(moe.mixtures(network))
     assert needed.shape == (7, len(parts))
     for name in mixtures:
@@ -159,11 +159,11 @@ def test_bad_input_to_put_stream_and_used() -> None:
         places.put(MACS, PARTS, where, {"nowhere": L2L}, cores=TWO)
     there = places.put(MACS, PARTS, where, {}, cores=TWO)
     with pytest.raises(ValueError, match="shape"):
-        places.stream(np.ones((3, 2)), PARTS, there, MACS, cores=TWO)
+        stream.stream(np.ones((3, 2)), PARTS, there, MACS, cores=TWO)
     with pytest.raises(ValueError, match="inside"):
-        places.stream(np.ones((3, 4)), PARTS, there, MACS, cores=TWO, inside=0)
+        stream.stream(np.ones((3, 4)), PARTS, there, MACS, cores=TWO, inside=0)
     with pytest.raises(ValueError, match="no decisions"):
-        places.used(PARTS, {})
+        stream.used(PARTS, {})
 
 
 def test_consecutive_is_the_best_of_all_cuts() -> None:
@@ -183,3 +183,26 @@ def test_consecutive_with_three_core_types() -> None:
     there = places.consecutive(macs, {name: [name] for name in "abc"}, {}, cores=three)
     assert there.places == {"a": "little", "b": "tiny", "c": "big"}
     assert there.throughput == pytest.approx(1.0)
+
+
+def test_front_keeps_what_differs() -> None:
+    found = places.front(MACS, PARTS, [L2L], budgets=[1.0, 0.1, 0.9, 0.5, 0.3], cores=TWO)
+    energies = [one.energy for one in found]
+    assert energies == sorted(set(energies)) and len(found) >= 2  # 0.1 cannot be had, 0.9 and 1.0 are one
+    loads = [max(one.load_s.values()) for one in found]
+    assert loads == sorted(loads, reverse=True)
+
+
+def test_report_measures_an_assignment_once(textures) -> None:
+    network = models.resnet8(classes=len(textures.classes), seed=0).eval()
+    parts = search.groups(network)
+    macs = cost.count(network, textures.normalised(textures.x_test[:2]))
+    one = places.put(macs, parts, dict.fromkeys(parts, "big"), dict.fromkeys(parts, L2L))
+    two = places.put(macs, parts, dict.fromkeys(parts, "little"), dict.fromkeys(parts, L2L))
+    told = {"base": macs, "n": 48, "regime": "not retrained", "calibrate_options": {"n": 50}, "progress": False}
+    rows = places.report(network, textures, [one, two], **told)
+    assert [row["places"].split()[0] for row in rows] == ["big", "little"]
+    assert rows[0]["seconds"] == rows[1]["seconds"] and rows[0]["top1"] == rows[1]["top1"]
+    (alone,) = search.report(network, textures, [two.assignment], **told)
+    assert (alone["top1"], alone["divergence"]) == (rows[1]["top1"], rows[1]["divergence"])
+    assert rows[1]["energy"] == pytest.approx(0.5 * rows[0]["energy"], rel=1e-3)  # the classifier stays where it is

@@ -13,13 +13,14 @@ from axmoe_lite import cost
 from axmoe_lite.multipliers import EXACT, multiplier
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, check_evidence
 from axmoe_lite.search.places import Placed
+from axmoe_lite.search.stream import Streamed
 
 _COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY]
 _TOLD = ["n_test", "n_validation", "seed", "epochs", "regime", "harm", "commit", "date", "device"]
 
 
 def gantt(
-    spans: Iterable[tuple[int, str, float, float]],
+    spans: Iterable[tuple],
     *,
     title: str = "",
     lane: str = "stage",
@@ -29,7 +30,7 @@ def gantt(
     """Lanes of work: a bar for each image in each lane. A slider moves time on; what has not begun is not drawn yet.
 
     Args:
-        spans: (image, lane, start, end) with times in seconds.
+        spans: (image, lane, start, end) with times in seconds, or with a fifth entry: what was done, for the hover.
         lane: what a lane is, for its axis: ``"stage"``, ``"core type"``.
         unit: ``"s"``, ``"ms"`` or ``"us"``: in which times are written.
         steps: of the slider.
@@ -40,7 +41,8 @@ def gantt(
     factors = {"s": 1.0, "ms": 1e3, "us": 1e6}
     if unit not in factors:
         raise ValueError(f"unit is {unit!r}; there are {', '.join(factors)}.")
-    table = pd.DataFrame([tuple(span) for span in spans], columns=["image", "lane", "start", "end"])
+    columns = ["image", "lane", "start", "end", "what"]
+    table = pd.DataFrame([dict(zip(columns, span, strict=False)) for span in spans])
     if table.empty:
         raise ValueError("gantt() was given no spans: (image, lane, start, end) of each piece of work.")
     table[["start", "end"]] = (table[["start", "end"]] - table["start"].min()) * factors[unit]
@@ -61,6 +63,7 @@ def gantt(
         color=alt.Color("kind:N", legend=None, scale=shades),
         tooltip=[
             "image",
+            *(["what"] if "what" in table else []),
             alt.Tooltip("lane:N", title=lane),
             alt.Tooltip("start:Q", title=f"start, {unit}", format=".4g"),
             alt.Tooltip("end:Q", title=f"end, {unit}", format=".4g"),
@@ -184,18 +187,20 @@ def energy_fronts(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.
     return alt.layer(points.add_params(pick), lines).properties(width=540, height=320, title=title)
 
 
-def crossings(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.FacetChart:
+def crossings(streamed: Mapping[tuple[str, str, float], Streamed], *, title: str = "") -> alt.FacetChart:
     """Images per second against what a change of core type costs: a line a placement, a panel a network.
 
     Args:
-        rows: ``network``, ``placement``, ``crossing_us``, ``images_per_s`` and ``crossings`` (an image).
+        streamed: (network, placement, microseconds of a crossing) to what :func:`axmoe_lite.search.stream.stream` says.
 
     Raises:
-        ValueError: for no rows.
+        ValueError: for nothing.
     """
-    table = pd.DataFrame([dict(row) for row in rows])
-    if table.empty:
-        raise ValueError("crossings() was given no rows; search.places.stream() measures them.")
+    if not streamed:
+        raise ValueError("crossings() was given nothing to draw; search.stream.stream() makes it.")
+    names = ("network", "placement", "crossing_us")
+    rows = [{**dict(zip(names, key, strict=True)), **vars(one)} for key, one in streamed.items()]
+    table = pd.DataFrame(rows)[[*names, "throughput", "crossings"]].rename(columns={"throughput": "images_per_s"})
     kinds = list(dict.fromkeys(table["placement"]))
     colours = alt.Scale(domain=kinds, range=_COLOURS[: len(kinds)])
     base = alt.Chart(table).encode(

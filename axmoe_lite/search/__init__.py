@@ -12,6 +12,7 @@
     points       one network that switches between operating points while it runs
     maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
     places       which core type, and which multiplier, for each part of a mixture; not from a paper
+    stream       images one after another through such a placement, in simulated time
     trial        one assignment on images that nobody reports: Trial, Score, Found, hold_out
     fronts       report on the test images; thin, dominates, compare
 
@@ -23,7 +24,7 @@ effort finds for the dense network layer by layer: else it would be credited wit
 Chapters: 12, "A multiplier for each expert?", to 19, "Where should an expert live?".
 """
 
-from axmoe_lite.search import agn, genetic, maxdnn, places, points, predict, qos, ranking
+from axmoe_lite.search import agn, genetic, maxdnn, places, points, predict, qos, ranking, stream
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
@@ -52,6 +53,7 @@ __all__ = [
     "report",
     "search",
     "sensitivity",
+    "stream",
     "thin",
     "tolerances",
     "uniform",

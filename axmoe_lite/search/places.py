@@ -4,7 +4,7 @@
     there = put(macs, parts, places, assignment, cores=BOARD)    what a placement costs: time, throughput, energy
     there = best(macs, parts, multipliers, energy=0.4, harm=…)   the placement of most throughput within budgets
     there = consecutive(macs, parts, assignment)                 Pipe-it's: a run of layers for each core type
-    done = stream(used, parts, there, macs)                      images one after another, routed as they really are
+    rows = report(network, images, front(macs, parts, …))        for many budgets, and measured on the test images
 
 Pipe-it gives each core type a run of consecutive layers. In a mixture a layer has parts that few inputs need, and a
 part that few need may be slow: it can live on a small core. Not from a paper; with u_i the share of inputs that use
@@ -14,22 +14,26 @@ part i, T_ic its time on core type c and E_icm its energy there under multiplier
     energy = sum of u_i E_icm,  E_icm = macs_i e_c (s P_m / P_exact + 1 - s)                                        (2)
 
 where e_c is the energy of an exact product on that core, and s the share of it that the multiplier has. Each core type
-works on one part at a time, all its cores together, while the others work on other images.
+works on one part at a time, all its cores together, while the others work on other images;
+:mod:`axmoe_lite.search.stream` lets them.
 
 Chapter: 19, "Where should an expert live?"
 """
 
-import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
 from axmoe_lite import cost, moe
+from axmoe_lite.datasets import Images
 from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.search import fronts
 from axmoe_lite.search.space import catalogue, check_groups
+from axmoe_lite.search.trial import assignment_digest
 
 GAP = 1e-4  # how far from the optimum the solver may stop, relative
 
@@ -110,7 +114,7 @@ def put(
     >>> round(there.energy, 4)  # (30 + 0.5 * 5) / 35
     0.9286
     """
-    known = {core.name: core for core in _check(macs, parts, cores, share)}
+    known = {core.name: core for core in check(macs, parts, cores, share)}
     for part in parts:
         if part not in places:
             raise ValueError(f"Part {part!r} has no place; give each of {', '.join(parts)} a core type.")
@@ -178,7 +182,7 @@ def best(
     >>> best(macs, parts, ["mul8s_1L2L"], cores=two, energy=0.4).assignment["a"]
     'mul8s_1L2L'
     """
-    _check(macs, parts, cores, share)
+    check(macs, parts, cores, share)
     names, total = catalogue(multipliers), _base(macs, base)
     lost = _lost(parts, names, harm)
     power = np.array([multiplier(name).power_mw for name in names]) / multiplier(EXACT).power_mw
@@ -255,7 +259,7 @@ def consecutive(
     >>> consecutive(macs, {name: [name] for name in "abc"}, {}, cores=two).places
     {'a': 'big', 'b': 'big', 'c': 'little'}
     """
-    _check(macs, parts, cores, share)
+    check(macs, parts, cores, share)
     layer_of = [part.partition(".experts.")[0] for part in parts]
     layers = list(dict.fromkeys(layer_of))
     told, found = {"cores": cores, "base": base, "share": share}, []
@@ -268,127 +272,48 @@ def consecutive(
     return min(found, key=lambda one: (-one.throughput, one.energy))
 
 
-def used(parts: Mapping[str, Sequence[str]], seen: Mapping[str, Sequence[moe.Routing]]) -> np.ndarray:
-    """Which parts each input needs: bool [N, parts], from what :func:`axmoe_lite.moe.watching` saw of the network.
-
-    Args:
-        parts: an expert of a mixture is one part or several, called after it, as
-            :func:`axmoe_lite.search.groups` calls them; every other part is needed by every input.
-        seen: mixture to its decisions, batch by batch. N is the number of decisions: of images, or of tokens where a
-            gate routes tokens.
-
-    Raises:
-        ValueError: where mixtures made unlike numbers of decisions, or none.
-    """
-    chosen = {name: np.concatenate([one.choice.cpu().numpy() for one in of]) for name, of in seen.items() if of}
-    sizes = sorted({len(choice) for choice in chosen.values()})
-    if len(sizes) != 1:
-        raise ValueError(
-            f"The mixtures made {sizes or 'no'} decisions; watch a network whose mixtures all route images, on at least"
-            " one batch."
-        )
-    needed = np.ones((sizes[0], len(parts)), bool)
-    for column, part in enumerate(parts):
-        for name, choice in chosen.items():
-            prefix = f"{name}.experts.".lstrip(".")
-            if part.startswith(prefix):
-                needed[:, column] = choice == int(part.removeprefix(prefix).split(".")[0])
-    return needed
-
-
-@dataclass(frozen=True, eq=False)
-class Streamed:
-    """Images that went through a placement one after another.
-
-    Attributes:
-        throughput: images per second, the first and the last quarter left out, where the line fills and empties.
-        time_s: float64 [N], of each image from entering to its answer, waiting too.
-        busy: core type to the share of that time in which it worked.
-        crossings: how often an image went from one core type to another, the mean.
-        spans: (image, part, core type, start_s, end_s) of everything that ran, by start.
-    """
-
-    throughput: float
-    time_s: np.ndarray
-    busy: dict[str, float]
-    crossings: float
-    spans: list[tuple[int, str, str, float, float]]
-
-
-def stream(
-    needed: np.ndarray | Tensor,
-    parts: Mapping[str, Sequence[str]],
-    placed: Placed,
+def front(
     macs: cost.Macs,
+    parts: Mapping[str, Sequence[str]],
+    multipliers: Iterable[str],
     *,
-    cores: Sequence[Core] = BOARD,
-    inside: int = 8,
-    crossing_s: float = 0.0,
-) -> Streamed:
-    """Run images through a placement in simulated time; expectations become a line of images that wait for each other.
-
-    Each core type takes the image that waits longest for it. At most ``inside`` images are under way.
+    budgets: Iterable[float],
+    **limits: Any,
+) -> list[Placed]:
+    """:func:`best` for each budget of energy, those that exist and differ, from the least energy to the most.
 
     Args:
-        needed: bool [N, parts], see :func:`used`; parts run in their order.
-        inside: 1 or more. With 1 the throughput is one over the time of an image.
-        crossing_s: seconds that a change of core type costs, spent on the core that is reached. Pipe-it measured that
-            it is not 0; how much is not known to us.
+        macs, parts, multipliers, limits: of :func:`best`.
     """
-    known = _check(macs, parts, cores, 1.0)
-    needed = np.asarray(needed, bool)
-    if needed.ndim != 2 or needed.shape[1] != len(parts) or not len(needed):
-        raise ValueError(f"needed is of shape {list(needed.shape)}; it must be [images, {len(parts)} parts].")
-    if inside < 1 or crossing_s < 0:
-        raise ValueError(f"inside is {inside} and crossing_s {crossing_s}; at least 1 and at least 0 are needed.")
-    names = list(parts)
-    speed = {core.name: core.macs_per_s for core in known}
-    size = {part: sum(macs.layers[layer].static for layer in layers) for part, layers in parts.items()}
-    seconds = [size[part] / speed[placed.places[part]] for part in names]
-    tasks = [[i for i in range(len(names)) if row[i]] for row in needed]
-    begin, end, spans, crossings = np.zeros(len(tasks)), np.zeros(len(tasks)), [], 0
-    free, waiting, order = dict.fromkeys(speed, 0.0), [], itertools.count()
-    upcoming = iter(range(len(tasks)))
-
-    def enter(at: float) -> None:
-        image = next(upcoming, None)
-        if image is not None:
-            begin[image] = at
-            heapq.heappush(waiting, (at, next(order), image, 0, ""))
-
-    for _ in range(inside):
-        enter(0.0)
-    while waiting:
-        ready, _, image, step, before = heapq.heappop(waiting)
-        if step == len(tasks[image]):
-            end[image] = ready
-            enter(ready)
-            continue
-        part = tasks[image][step]
-        core = placed.places[names[part]]
-        crossed = before not in ("", core)
-        start = max(ready, free[core])
-        done = start + seconds[part] + crossed * crossing_s
-        crossings += crossed
-        free[core] = done
-        spans.append((image, names[part], core, start, done))
-        heapq.heappush(waiting, (done, next(order), image, step + 1, core))
-    return _streamed(begin, end, spans, crossings, tuple(speed))
+    names = catalogue(multipliers)
+    found = [best(macs, parts, names, energy=energy, **limits) for energy in sorted(budgets)]
+    return list({one.energy: one for one in found if one is not None}.values())
 
 
-def _streamed(begin: np.ndarray, end: np.ndarray, spans: list, crossings: int, cores: tuple[str, ...]) -> Streamed:
-    N = len(end)
-    first, last = (N // 4, N - 1 - N // 4) if N >= 8 else (0, N - 1)
-    ends = np.sort(end)
-    window = ends[last] - (ends[first] if N >= 8 else 0.0)
-    inside = {core: sum(e - s for *_, where, s, e in spans if where == core) for core in cores}
-    return Streamed(
-        throughput=float((last - first if N >= 8 else N) / window),
-        time_s=end - begin,
-        busy={core: seconds / float(ends[-1]) for core, seconds in inside.items()},
-        crossings=crossings / N,
-        spans=sorted(spans, key=lambda span: span[3]),
-    )
+def report(network: nn.Module, images: Images, front: Iterable[Placed], **healing: Any) -> list[dict]:
+    """What placements are worth on the test images; those of one assignment are measured once.
+
+    Args:
+        network, images: as they were for the harms.
+        healing: of :func:`axmoe_lite.search.report`, ``base`` among them.
+
+    Returns:
+        A dict each: what :func:`axmoe_lite.search.report` says of its assignment, and ``places`` (the core type of each
+        part, in their order), ``energy``, ``throughput``, ``time_s`` and ``harm``.
+    """
+    placed = list(front)
+    digests = [assignment_digest(one.assignment) for one in placed]
+    distinct = dict(zip(digests, (one.assignment for one in placed), strict=True))
+    measured = {row["digest"]: row for row in fronts.report(network, images, distinct.values(), **healing)}
+    return [
+        {
+            **measured[digest],
+            "places": " ".join(one.places.values()),
+            "energy": round(one.energy, 6),
+            **{name: getattr(one, name) for name in ("throughput", "time_s", "harm")},
+        }
+        for one, digest in zip(placed, digests, strict=True)
+    ]
 
 
 # --------------------------------------------------------------------------------- pieces
@@ -411,7 +336,10 @@ def _lost(parts: Mapping[str, Sequence[str]], names: list[str], harm: Mapping | 
     return lost
 
 
-def _check(macs: cost.Macs, parts: Mapping[str, Sequence[str]], cores: Sequence[Core], share: float) -> Sequence[Core]:
+def check(
+    macs: cost.Macs, parts: Mapping[str, Sequence[str]], cores: Sequence[Core], share: float = 1.0
+) -> Sequence[Core]:
+    """Refuse parts, cores or a share that nothing can be placed with; the cores again."""
     check_groups(dict(parts))
     for part, layers in parts.items():
         for layer in layers:

@@ -10,20 +10,21 @@ yours too. Both resume where they were interrupted.
 
     networks    build, footprint, exact
     rows        measure, in four regimes; which answers were right
-    whole       run, and settings for two CPU cores
+    whole       run, at_hand, and settings for two CPU cores
 
 Chapters: 09, "What does accuracy cost?", and 11, "Does the paper hold?"
 """
 
 from axmoe_lite.study.networks import NETWORKS, build, exact, footprint
 from axmoe_lite.study.rows import REGIMES, measure, pack_answers, unpack_answers
-from axmoe_lite.study.whole import AT_HAND, KEY, run
+from axmoe_lite.study.whole import AT_HAND, KEY, at_hand, run
 
 __all__ = [
     "AT_HAND",
     "KEY",
     "NETWORKS",
     "REGIMES",
+    "at_hand",
     "build",
     "exact",
     "footprint",
