@@ -11,6 +11,7 @@
     qos          search: a few circuits for a few operating points (QoS-Nets)
     points       one network that switches between operating points while it runs
     maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
+    pertinence   which network for which input, by a dispatcher that is searched for (PERTINENCE)
     places       which core type, and which multiplier, for each part of a mixture; not from a paper
     stream       images one after another through such a placement, in simulated time
     trial        one assignment on images that nobody reports: Trial, Score, Found, hold_out
@@ -24,7 +25,7 @@ effort finds for the dense network layer by layer: else it would be credited wit
 Chapters: 12, "A multiplier for each expert?", to 19, "Where should an expert live?".
 """
 
-from axmoe_lite.search import agn, genetic, maxdnn, places, points, predict, qos, ranking, stream
+from axmoe_lite.search import agn, genetic, maxdnn, pertinence, places, points, predict, qos, ranking, stream
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
@@ -45,6 +46,7 @@ __all__ = [
     "groups",
     "hold_out",
     "maxdnn",
+    "pertinence",
     "places",
     "points",
     "predict",

@@ -236,7 +236,7 @@ def _live(born: np.ndarray, known: dict[bytes, tuple[float, float]], evaluate: C
 
 def _nsga2(sizes: np.ndarray, first: np.ndarray, crossover: float, mutation: float, seed: int) -> Any:
     """pymoo's NSGA-II, to be asked for individuals and told their objectives."""
-    _check_pymoo()
+    check_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.problem import Problem
     from pymoo.core.termination import NoTermination
@@ -261,7 +261,8 @@ def _nsga2(sizes: np.ndarray, first: np.ndarray, crossover: float, mutation: flo
     return algorithm.setup(problem, termination=NoTermination(), seed=seed)
 
 
-def _check_pymoo() -> None:
+def check_pymoo() -> None:
+    """Raise ImportError, with what to install, where pymoo is missing; keep it quiet where it is not."""
     try:
         import pymoo.algorithms.moo.nsga2  # noqa: F401
         from pymoo.config import Config
@@ -281,7 +282,7 @@ def check_options(
     check_groups(groups)
     moe.check_option("objective", objective, OBJECTIVES)
     check_numbers(len(names), **options)
-    _check_pymoo()
+    check_pymoo()
 
 
 def _check_genes(genes: Sequence[int], start: Any) -> tuple[np.ndarray, np.ndarray]:
