@@ -12,6 +12,7 @@
     points       one network that switches between operating points while it runs
     maxdnn       search: a choice by layer, filter, channel, row or column, and skipping (MAx-DNN)
     pertinence   which network for which input, by a dispatcher that is searched for (PERTINENCE)
+    pipeit       which core for which layer, and images through the stages (Pipe-it)
     places       which core type, and which multiplier, for each part of a mixture; not from a paper
     stream       images one after another through such a placement, in simulated time
     trial        one assignment on images that nobody reports: Trial, Score, Found, hold_out
@@ -25,7 +26,7 @@ effort finds for the dense network layer by layer: else it would be credited wit
 Chapters: 12, "A multiplier for each expert?", to 19, "Where should an expert live?".
 """
 
-from axmoe_lite.search import agn, genetic, maxdnn, pertinence, places, points, predict, qos, ranking, stream
+from axmoe_lite.search import agn, genetic, maxdnn, pertinence, pipeit, places, points, predict, qos, ranking, stream
 from axmoe_lite.search.experts import groups, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
@@ -47,6 +48,7 @@ __all__ = [
     "hold_out",
     "maxdnn",
     "pertinence",
+    "pipeit",
     "places",
     "points",
     "predict",
