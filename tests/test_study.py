@@ -364,3 +364,32 @@ def test_run_refuses_typos_before_any_training(wrong, problem, small, monkeypatc
     options = {"network": "resnet8", "topology": "hard", "multipliers": ["mul8s_1L2L"], "epochs": 1, **wrong}
     with pytest.raises(ValueError, match=problem):
         study.run(options.pop("network"), small, **options)  # no row was asked for yet
+
+
+def test_at_hand_is_exact_with_those_settings(small, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("axmoe_lite.study.whole.exact", lambda *given, **named: asked.update(given=given, **named))
+    study.at_hand("vit_small", small, topology="hard", seed=3, folder="here")
+    assert asked.pop("given") == ("vit_small", small)
+    assert asked == {
+        "topology": "hard",
+        "epochs": 25,
+        "upcycle_epochs": 3,
+        "r": 0.25,
+        "gateway_epochs": 10,
+        "fit_options": {"precision": "bf16"},
+        "seed": 3,
+        "folder": "here",
+    }
+    with pytest.raises(ValueError, match="resnet9"):
+        study.at_hand("resnet9", small)
+
+
+def test_at_hand_gives_the_network_of_exact(small):
+    options = {"epochs": 1, "fit_options": {"batch_size": 8, "augment": "none"}, "progress": False}
+    ours = study.at_hand("resnet8", small, **options)
+    build = study.AT_HAND["resnet8"]["build_options"]
+    theirs = study.exact("resnet8", small, build_options=build, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    mixture = study.at_hand("resnet8", small, topology="hard", start=ours, **{**options, "upcycle_epochs": 0})
+    assert list(moe.mixtures(mixture))

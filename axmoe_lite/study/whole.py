@@ -59,6 +59,9 @@ The paper is said to retrain on all images with lr 0.1. On so few images that en
 known. ResNet-8 is for digits, at the quick scale."""
 
 
+_OF_EXACT = set(inspect.signature(exact).parameters) - {"images"}
+
+
 def at_hand(
     network: str, images: Images, *, topology: str = "dense", start: nn.Module | None = None, **changes: Any
 ) -> nn.Module:
@@ -72,8 +75,7 @@ def at_hand(
     """
     check_known("network", network, AT_HAND)
     settings = {"upcycle_epochs": 0, **AT_HAND[network], **changes}
-    asked = set(inspect.signature(exact).parameters)
-    options = {key: value for key, value in settings.items() if key in asked - {"images"}}
+    options = {key: value for key, value in settings.items() if key in _OF_EXACT}
     return exact(start or network, images, topology=topology, **{**settings.get("exact_options", {}), **options})
 
 
