@@ -1,11 +1,13 @@
 """Networks of the papers, written plainly, and the weights that others have trained for them.
 
-    resnet      resnet8, resnet20, resnet56: He et al. for CIFAR
-    vgg         vgg11_bn, vgg19_bn: Simonyan & Zisserman for CIFAR
-    mobilenet   mobilenet_v2: Sandler et al., for 32, 64 and 224 pixels
-    vit         vit_small: Dosovitskiy et al., for Tiny ImageNet
+    factories   resnet8, resnet20, resnet56, vgg11_bn, vgg19_bn, mobilenet_v2, vit_small
+    resnet      He et al. for CIFAR
+    vgg         Simonyan & Zisserman for CIFAR
+    mobilenet   Sandler et al., for 32, 64 and 224 pixels
+    vit         Dosovitskiy et al., for Tiny ImageNet
     topology    upcycle: the same networks as Hard, Soft and Cluster mixtures of experts
-    foreign     load_weights: timm's, torchvision's and the CIFAR zoo's files; import_torchvision
+    foreign     load_weights: timm's, torchvision's and the CIFAR zoo's files
+    library     import_torchvision
 
 Layer names are those of the public checkpoints (the CIFAR model zoo's ``layer2.0.conv1`` and
 ``features.4``, torchvision's ``features.1.conv.0.0``, timm's ``blocks.0.attn.qkv``), because an
@@ -18,12 +20,14 @@ The same seed gives the same weights, and leaves torch's own random numbers alon
 Chapter: 05, "What happens to a network?"
 """
 
-from axmoe_lite.models.foreign import Loaded, import_torchvision, load_weights
-from axmoe_lite.models.mobilenet import InvertedResidual, MobileNetV2, mobilenet_v2
-from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet, resnet8, resnet20, resnet56
+from axmoe_lite.models.factories import mobilenet_v2, resnet8, resnet20, resnet56, vgg11_bn, vgg19_bn, vit_small
+from axmoe_lite.models.foreign import Loaded, load_weights
+from axmoe_lite.models.library import import_torchvision
+from axmoe_lite.models.mobilenet import InvertedResidual, MobileNetV2
+from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet
 from axmoe_lite.models.topology import TOPOLOGIES, eligible, upcycle
-from axmoe_lite.models.vgg import VGG, vgg11_bn, vgg19_bn
-from axmoe_lite.models.vit import Matmul, ViT, vit_small
+from axmoe_lite.models.vgg import VGG
+from axmoe_lite.models.vit import Matmul, ViT
 
 __all__ = [
     "TOPOLOGIES",

@@ -11,11 +11,9 @@ Chapter: 05, "What happens to a network?"
 """
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
@@ -225,28 +223,3 @@ def _misfit(where: str, network: nn.Module, own: Mapping, found: Mapping, done: 
 def _list(names: list) -> str:
     shown = ", ".join(map(str, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-_nms_library: torch.library.Library | None = None  # must outlive the import that needs it
-
-
-def import_torchvision() -> ModuleType:
-    """Import torchvision, also where a CPU-only torch meets a torchvision built for CUDA.
-
-    Such a torchvision cannot load its compiled part and then fails because the two operators that
-    part would have declared are missing. Declaring them lets everything written in Python work
-    (its models, its data sets); box suppression itself stays unavailable.
-    """
-    global _nms_library
-    try:
-        import torchvision
-    except RuntimeError as reason:
-        if "torchvision::nms" not in str(reason):
-            raise
-        for broken in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[broken]
-        _nms_library = torch.library.Library("torchvision", "DEF")
-        _nms_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _nms_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float score_threshold) -> Tensor")
-        import torchvision
-    return torchvision

@@ -8,11 +8,7 @@ Letters: N images, C channels, H x W pixels; t, c, n as in the paper's table.
 Chapter: 05, "What happens to a network?"
 """
 
-from typing import Any
-
 from torch import Tensor, nn
-
-from axmoe_lite.models.topology import finish
 
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 """t: how much wider a block is inside; c: its output channels; n: how many blocks follow each other."""
@@ -71,40 +67,6 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
-
-
-def mobilenet_v2(
-    *, classes: int, seed: int = 0, strides: str = "small", topology: str = "dense", **mixture: Any
-) -> nn.Module:
-    """MobileNetV2 of width 1: 52 convolutions, 2.35 M parameters and 88.09 M MACs at 100 classes of 32x32 pixels.
-
-    Weights start as torchvision's do. Of the 2,480,072 parameters at 200 classes 34,112 are BatchNorm's gammas
-    and betas; QoS-Nets keeps two further sets of those, which is its 2.75 % overhead.
-
-    Args:
-        classes: number of classes.
-        seed: decides the weights.
-        strides: ``"small"`` for 32 and 64 pixels, where the first convolution and the second stage keep the
-            resolution (a stride of 1 for 2), as in the CIFAR model zoo; ``"imagenet"`` for 224, as in the paper:
-            300.77 M MACs there at 1,000 classes. The weights are of the same shapes.
-
-    Raises:
-        ValueError: for unknown strides, or no classes.
-
-    >>> import torch
-    >>> network = mobilenet_v2(classes=200)
-    >>> sum(p.numel() for p in network.parameters())
-    2480072
-    >>> sum(p.numel() for m in network.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
-    34112
-    >>> network.features[:18](torch.zeros(1, 3, 64, 64)).shape  # an eighth; "imagenet" leaves a 32nd
-    torch.Size([1, 320, 8, 8])
-    """
-    if strides not in STRIDES:
-        raise ValueError(f"strides is {strides!r}; it can be 'small' (32 and 64 pixels) or 'imagenet' (224).")
-    if classes < 1:
-        raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
-    return finish(lambda: MobileNetV2(classes, STRIDES[strides]), seed=seed, topology=topology, options=mixture)
 
 
 def _conv_bn_relu6(c_in: int, c: int, kernel: int, stride: int = 1, *, groups: int = 1) -> nn.Sequential:

@@ -5,13 +5,7 @@ Letters: N images, C channels, H x W pixels.
 Chapter: 05, "What happens to a network?"
 """
 
-from typing import Any
-
 from torch import Tensor, nn
-
-from axmoe_lite.models.topology import finish, scaled
-
-NARROWEST = 16  # channels: see _resnet()
 
 
 class BasicBlock(nn.Module):
@@ -89,78 +83,3 @@ class ResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.avgpool(x).flatten(1))
-
-
-def resnet20(
-    *,
-    classes: int,
-    seed: int = 0,
-    shortcut: str = "projection",
-    width: float = 1.0,
-    topology: str = "dense",
-    **mixture: Any,
-) -> nn.Module:
-    """ResNet-20 for 32x32 images: 40.82 M MACs and 0.28 M parameters at 100 classes.
-
-    AxMoE's dense reference has the size of the public model zoo's network, whose shortcuts are 1x1
-    projections; He et al. pad instead (``shortcut="pad"``).
-
-    >>> sum(p.numel() for p in resnet20(classes=100).parameters())
-    278324
-    """
-    return _resnet(3, classes, seed, shortcut, width, topology, mixture)
-
-
-def resnet56(
-    *,
-    classes: int,
-    seed: int = 0,
-    shortcut: str = "projection",
-    width: float = 1.0,
-    topology: str = "dense",
-    **mixture: Any,
-) -> nn.Module:
-    """ResNet-56 for 32x32 images: 125.75 M MACs and 0.86 M parameters at 100 classes.
-
-    AxMoE's gateway in front of the CNNs costs 125.8 M MACs, which is this network's size (deduced, not from
-    the paper).
-
-    >>> sum(p.numel() for p in resnet56(classes=100).parameters())
-    861620
-    """
-    return _resnet(9, classes, seed, shortcut, width, topology, mixture)
-
-
-def resnet8(
-    *,
-    classes: int,
-    seed: int = 0,
-    shortcut: str = "pad",
-    width: float = 1.0,
-    topology: str = "dense",
-    **mixture: Any,
-) -> nn.Module:
-    """ResNet-8, the network of ALWANN and MAx-DNN: 7 convolutions (16-16-32-64) and a classifier.
-
-    Seven convolutions leave no room for projections, hence the padded shortcuts by default.
-
-    >>> sum(isinstance(m, nn.Conv2d) for m in resnet8(classes=10).modules())
-    7
-    """
-    return _resnet(1, classes, seed, shortcut, width, topology, mixture)
-
-
-def _resnet(
-    blocks: int, classes: int, seed: int, shortcut: str, width: float, topology: str, mixture: dict
-) -> nn.Module:
-    if shortcut not in ("projection", "pad"):
-        raise ValueError(f"shortcut is {shortcut!r}; it can be 'projection' or 'pad'.")
-    if classes < 1:
-        raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
-    channels = scaled((16, 32, 64), width)
-    if shortcut == "projection" and channels[0] < NARROWEST:
-        raise ValueError(
-            f"width = {width} leaves {channels[0]} channels before a 1x1 shortcut of stride 2. Below {NARROWEST}, torch"
-            " 2.13 writes outside its memory when it trains one on several threads; use shortcut='pad'."
-        )
-    return finish(lambda: ResNet(blocks, classes, shortcut, channels), seed=seed, topology=topology, options=mixture)

@@ -18,6 +18,9 @@ from torch import nn
 
 from axmoe_lite import moe
 from axmoe_lite.layers import assignment_of, default_layers
+from axmoe_lite.models.library import import_torchvision
+from axmoe_lite.models.resnet import ResNet
+from axmoe_lite.models.vit import ViT
 
 TOPOLOGIES = ("dense", "hard", "soft", "cluster")
 PLACEMENTS = ("last", "even")
@@ -29,18 +32,6 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
-
-
-def scaled(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
-    """Each number times ``width``, at least 1: narrow networks for tests and quick runs, not from the papers."""
-    if not width > 0:
-        raise ValueError(f"width is {width}; it is the share of the published channels, above 0.")
-    return tuple(max(1, round(c * width)) for c in channels)
-
-
-def finish(make: Callable[[], nn.Module], *, seed: int, topology: str, options: dict[str, Any]) -> nn.Module:
-    """What every factory does with a network: seed it, lay it out for speed, and put it into its topology."""
-    return upcycle(seeded(make, seed).to(memory_format=torch.channels_last), topology=topology, seed=seed, **options)
 
 
 def eligible(network: nn.Module) -> list[str]:
@@ -126,11 +117,6 @@ def _placed(names: list[str], n: int, placement: str) -> list[str]:
 
 
 def _gateway(network: nn.Module, experts: int, seed: int) -> nn.Module:
-    # Here, because the networks themselves import this module.
-    from axmoe_lite.models.foreign import import_torchvision
-    from axmoe_lite.models.resnet import resnet56
-    from axmoe_lite.models.vit import ViT
-
     if isinstance(network, ViT):
         return seeded(lambda: import_torchvision().models.resnet50(num_classes=experts), seed)
-    return resnet56(classes=experts, seed=seed)
+    return seeded(lambda: ResNet(9, experts, "projection"), seed).to(memory_format=torch.channels_last)

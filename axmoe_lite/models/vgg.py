@@ -6,11 +6,7 @@ image, and BatchNorm follows every convolution. Letters: N images, C channels, H
 Chapter: 05, "What happens to a network?"
 """
 
-from typing import Any
-
 from torch import Tensor, fx, nn
-
-from axmoe_lite.models.topology import finish, scaled
 
 WIDTHS = (64, 128, 256, 512, 512)
 SMALLEST = 2 ** len(WIDTHS)
@@ -64,38 +60,3 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_size(x)
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
-
-
-def vgg11_bn(*, classes: int, seed: int = 0, width: float = 1.0, topology: str = "dense", **mixture: Any) -> nn.Module:
-    """VGG-11 with BatchNorm for 32x32 images: 8 convolutions, 153.34 M MACs, 9.80 M parameters at 100 classes.
-
-    The MACs are those of the convolutions and the three linear layers (512, 512, classes); at 10 classes
-    they are 153.29 M.
-
-    >>> network = vgg11_bn(classes=100)
-    >>> sum(p.numel() for p in network.parameters())
-    9802596
-    >>> network.classifier[6]
-    Linear(in_features=512, out_features=100, bias=True)
-    """
-    return _vgg((1, 1, 2, 2, 2), classes, seed, width, topology, mixture)
-
-
-def vgg19_bn(*, classes: int, seed: int = 0, width: float = 1.0, topology: str = "dense", **mixture: Any) -> nn.Module:
-    """VGG-19 with BatchNorm for 32x32 images: 16 convolutions, 398.71 M MACs, 20.61 M parameters at 100 classes.
-
-    The MACs are counted as for :func:`vgg11_bn`; at 10 classes they are 398.66 M.
-
-    >>> sum(p.numel() for p in vgg19_bn(classes=100).parameters())
-    20612004
-    """
-    return _vgg((2, 2, 4, 4, 4), classes, seed, width, topology, mixture)
-
-
-def _vgg(
-    convolutions: tuple[int, int, int, int, int], classes: int, seed: int, width: float, topology: str, mixture: dict
-) -> nn.Module:
-    if classes < 1:
-        raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
-    widths = scaled(WIDTHS, width)
-    return finish(lambda: VGG(convolutions, classes, widths), seed=seed, topology=topology, options=mixture)

@@ -9,13 +9,10 @@ Letters: N images, H x W pixels, T tokens, D features, h heads; M x K x N the pr
 Chapter: 05, "What happens to a network?"
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from axmoe_lite.layers import Matmul
-from axmoe_lite.models.topology import finish, scaled
 
 
 class PatchEmbedding(nn.Module):
@@ -133,32 +130,6 @@ class ViT(nn.Module):
         tokens = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1) + self.pos_embed
         return self.head(self.norm(self.blocks(tokens))[:, 0])
-
-
-def vit_small(
-    *,
-    classes: int,
-    image_size: int = 224,
-    patch: int = 16,
-    seed: int = 0,
-    width: float = 1.0,
-    topology: str = "dense",
-    **mixture: Any,
-) -> nn.Module:
-    """ViT-Small/16: D = 384, 12 blocks of 6 heads, MLP ratio 4; a state dict of timm's vit_small_patch16_224 fits.
-
-    How the published 4.25 G MACs at 224x224 arise: 4.241 G in the convolution and the linear layers (of it
-    4.183 G in the blocks), and 0.009 G because a profiler (fvcore) counts 5 for each number that enters a
-    LayerNorm. The products of attention are not in it; with their 0.358 G it is 4.61 G, timm's own figure.
-
-    >>> sum(p.numel() for p in vit_small(classes=1000).parameters())  # 22.05 M, as timm says
-    22050664
-    """
-    heads = 6
-    (per_head,) = scaled((64,), width)
-    options = {"dim": heads * per_head, "depth": 12, "heads": heads, "classes": classes}
-    options |= {"image_size": image_size, "patch": patch}
-    return finish(lambda: ViT(**options), seed=seed, topology=topology, options=mixture)
 
 
 def _norm(dim: int) -> nn.LayerNorm:
