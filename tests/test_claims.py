@@ -526,11 +526,15 @@ def test_rows_of_another_retraining_are_left_out(monkeypatch):
         "retrain_images": "2500",
         "retrain_lr": "0.005",
         "regime": "retrained",
+        "topology": "hard",
+        "experts": "4",
     }
     rows = [row, {**row, "retrain_images": "50000", "retrain_lr": "0.1"}, {**row, "epochs": "1"}]
     rows += [{**row, "regime": "not retrained", "retrain_epochs": "0", "retrain_images": "0", "retrain_lr": "0"}]
     monkeypatch.setattr(ledger.runs, "read", lambda name: rows if name == claims.STUDIES["resnet20"] else [])
-    assert claims.recorded() == ([rows[0], rows[3]], [])
+    rows += [{**row, "experts": "1"}, {**row, "topology": "dense", "experts": "1"}]
+    assert claims.recorded() == ([rows[0], rows[3], rows[5]], [])
+    assert claims.recorded(experts=1) == ([rows[4], rows[5]], [])
 
 
 def test_publish_drops_lines_that_nothing_supports(elsewhere, monkeypatch):

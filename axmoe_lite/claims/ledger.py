@@ -17,16 +17,21 @@ STUDIES = {
     "vgg19_bn": "axmoe_vgg19_bn_cifar100",
     "vit_small": "axmoe_vit_small_tiny_imagenet_20of200",
 }
+EXPERTS = 4
 ABOUT = "each claim of AxMoE: what was measured, with an interval, a verdict and a reason"
 WHOLE = "the claim"
 """What the column ``part`` says on the line of a claim itself; the others are the comparisons that it is made of."""
 MADE_BY = "python -c 'from axmoe_lite import claims; claims.publish()'"
 
 
-def recorded() -> tuple[list[dict], list[dict]]:
+def recorded(*, experts: int = EXPERTS) -> tuple[list[dict], list[dict]]:
     """The committed rows of the study and their answers, of all networks, each retrained as ``study.AT_HAND`` says.
 
     Rows of another retraining, such as on all images, are in the same files; they are not to be mixed with these.
+
+    Args:
+        experts: of the mixtures. With 1 there is nothing to choose: a mixture of one is the dense network, trained on
+            for as long as a mixture is, which is a control for what training does.
 
     >>> rows, answers = recorded()
     >>> {row["scale"] for row in rows + answers} <= {"paper"}
@@ -35,14 +40,16 @@ def recorded() -> tuple[list[dict], list[dict]]:
     found = ([], [])
     for network in NETWORKS:
         for rows, name in zip(found, (STUDIES[network], f"{STUDIES[network]}_answers"), strict=True):
-            rows += [row for row in runs.read(name) if _as_at_hand(row, AT_HAND[network])]
+            rows += [row for row in runs.read(name) if _as_at_hand(row, AT_HAND[network], experts)]
     return found
 
 
-def _as_at_hand(row: dict, settings: dict) -> bool:
+def _as_at_hand(row: dict, settings: dict, experts: int) -> bool:
     wanted = (settings["retrain_epochs"], settings["retrain_images"], settings["retrain_options"]["lr"])
     has = (int(row["retrain_epochs"]), int(row["retrain_images"]), float(row["retrain_lr"]))
-    return int(row["epochs"]) == settings["epochs"] and (row["regime"] != "retrained" or has == wanted)
+    as_wanted = row["regime"] != "retrained" or has == wanted
+    mixed = row["topology"] == "dense" or int(row["experts"]) == experts
+    return int(row["epochs"]) == settings["epochs"] and as_wanted and mixed
 
 
 def judged() -> list[dict]:
