@@ -256,7 +256,8 @@ def test_stages_can_be_sent(make):
     torch.save(split(network, x, [0, steps[len(steps) // 2], steps[-1]]), file)
     file.seek(0)
     stages = torch.load(file, weights_only=False)
-    for images in (x, torch.cat([x, x])):
+    larger = [some(2, 3, 5, 6)] if make is Functions else []  # nothing in it knows the image size
+    for images in (x, torch.cat([x, x]), *larger):
         assert torch.equal(chain(stages, images), network(images))
 
 
@@ -334,5 +335,5 @@ def test_tracing_leaves_python_as_it_was():
     with pytest.raises(ValueError, match="This ViT was given images"):
         describe(network, some(1, 3, 8, 8))
     describe(network, some(1, 3, 16, 16))
-    assert "len" not in vars(vit) and torch.zeros is zeros and torch.backends.mha.get_fastpath_enabled()
+    assert "len" not in vars(vit) and torch.zeros is zeros
     assert not any(m._forward_hooks for m in network.modules())

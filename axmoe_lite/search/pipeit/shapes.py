@@ -6,9 +6,8 @@ D features; h heads.
 Chapter: 18, "Which core for which layer?"
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,9 +126,10 @@ def layers_of_module(name: str, module: nn.Module, args: tuple, named: dict[str,
         return hook
 
     counted = {inside: one for inside, one in module.named_modules() if isinstance(one, cost.COUNTED)}
+    # torch's fused transformer layer would not call its modules; with hooks on them it does.
     hooks = [one.register_forward_hook(note(inside), with_kwargs=True) for inside, one in counted.items()]
     try:
-        with moe.all_experts(module), _attention_by_modules():
+        with moe.all_experts(module):
             answer = module(*args, **named)
     finally:
         for hook in hooks:
@@ -138,17 +138,6 @@ def layers_of_module(name: str, module: nn.Module, args: tuple, named: dict[str,
         order = [f"{name}.{inside}" for inside, _ in module.named_modules()]
         found = _added_up(sorted(found, key=lambda layer: order.index(layer.name)))
     return answer, found
-
-
-@contextlib.contextmanager
-def _attention_by_modules() -> Iterator[None]:
-    """torch's fused transformer layer calls no modules, so nobody could see them multiply."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _added_up(layers: list[Layer]) -> list[Layer]:

@@ -423,9 +423,11 @@ def _end_of(process: Any, state: str) -> str:
 
 def _ran(answers: Tensor, spans: list[Span], n: int, filled_by: int | None) -> Ran:
     """With what fills the pipeline, the images of the first batch, left out of the rate; None: there is no pipeline."""
-    seconds, last = max(span.sent_s for span in spans), max(span.stage for span in spans)
+    # A stage may look at its clock only after the next has taken what it sent, and even answered.
+    last = max(span.stage for span in spans)
+    exits = [span.sent_s for span in spans if filled_by is None or span.stage == last]
+    seconds = max(exits)
     rate = n / seconds
-    exits = [span.sent_s for span in spans if span.stage == last]
     if filled_by is not None and len(exits) > 1:
         rate = (n - filled_by) / (exits[-1] - exits[0])
     return Ran(answers.clone(), rate, seconds, spans, _can_pin())
