@@ -14,6 +14,8 @@
     noise          what errors were foretold, what noise layers bear, and what it buys
     points         which circuit each layer gets at each operating point, what that costs, and a run that switches
     places         who works when and where: parts on core types, images that step through stages
+    dispatch       which network for which input: pools, fronts of dispatchers, films
+    stages         seconds of layers foretold and measured, what a pipeline gains, who works when
     granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
 
@@ -22,6 +24,7 @@ Chapters: 01 to 19.
 
 from axmoe_lite.plots.claims import effects, verdicts
 from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
+from axmoe_lite.plots.dispatch import dispatch_fronts, film_rules, pool_members
 from axmoe_lite.plots.experts import changed_choices, cluster_samples, loads, who_answers
 from axmoe_lite.plots.granularity import effort, effort_bars, reached, searched_fronts, shared_terms, weight_tuning
 from axmoe_lite.plots.layers import (
@@ -50,6 +53,7 @@ from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy
 from axmoe_lite.plots.runs import timeline
 from axmoe_lite.plots.search import mixed_fronts, sensitivities
 from axmoe_lite.plots.speed import speed_bars, speed_scaling
+from axmoe_lite.plots.stages import error_bars, foretold_times, gain_bars, stage_gantt, ways_bars
 from axmoe_lite.plots.study import coverage_chart, fronts, heat_map, recovery, resilience_curves
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
 
@@ -68,13 +72,18 @@ __all__ = [
     "cost_explorer",
     "coverage_chart",
     "crossings",
+    "dispatch_fronts",
     "effects",
     "effort",
     "effort_bars",
     "energy_fronts",
+    "error_bars",
     "error_maps",
     "executed_stored",
+    "film_rules",
+    "foretold_times",
     "fronts",
+    "gain_bars",
     "gantt",
     "heat_map",
     "instance_costs",
@@ -89,6 +98,7 @@ __all__ = [
     "places_map",
     "point_accuracy",
     "point_tiles",
+    "pool_members",
     "power_error_front",
     "predictions",
     "product_slopes",
@@ -105,12 +115,14 @@ __all__ = [
     "source",
     "speed_bars",
     "speed_scaling",
+    "stage_gantt",
     "straight_through",
     "sum_errors",
     "theme",
     "timeline",
     "tolerance_bars",
     "verdicts",
+    "ways_bars",
     "weight_tuning",
     "who_answers",
 ]

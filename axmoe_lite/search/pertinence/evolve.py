@@ -65,6 +65,10 @@ class Routed:
     evaluated: int
     split: str
 
+    def choose(self, features: Tensor) -> Tensor:
+        """The network that it sends each image to: int64 [n], for features [n, F]."""
+        return choose(Layers(self.weight[None], self.bias[None]), features)[0]
+
 
 def search(
     pool: Pool,
@@ -174,6 +178,29 @@ def ratios(networks: int, *, steps: int = 11, decades: float = 5.0, high: float 
             penalties = high * np.where(predicted < true, min(1, ratio), min(1, 1 / ratio)) * (predicted != true)
             rows.append(np.append(penalties.ravel(), float(kind)))
     return np.array(rows)
+
+
+def taught(
+    pool: Pool, split: Split, genes: np.ndarray, *, beta: float = 0.999, seed: int = 0, **options: Any
+) -> list[dict]:
+    """What some individuals become: where they send the search images, how often that is right, and what it costs.
+
+    Args:
+        genes: float64 [K, G], such as of :func:`ratios`.
+        beta, seed, options: as of :func:`search`.
+
+    Returns:
+        A dict each: the share of images by network, ``accuracy``, ``cost``.
+    """
+    split.check_fits(len(pool))
+    given = _check_start(genes, len(pool.names) ** 2 + 1, len(genes), np.inf)
+    layers, found = _trainer(pool, split, beta=beta, seed=seed, **options)(_without_diagonal(given))
+    chosen = choose(layers, pool.features[split.search])
+    rows = []
+    for one, (paid, minus) in zip(chosen, found.tolist(), strict=True):
+        shares = torch.bincount(one, minlength=len(pool.names)).double() / len(one)
+        rows.append({**dict(zip(pool.names, shares.tolist(), strict=True)), "accuracy": -minus, "cost": paid})
+    return rows
 
 
 # ---------------------------------------------------------------------------------- pieces

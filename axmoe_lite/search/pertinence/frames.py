@@ -14,6 +14,7 @@ Source: PERTINENCE (arXiv 2507.01695, v3) for both rules and the score's weights
 Chapter: 17, "Which network for which input?"
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -211,6 +212,29 @@ def follow(pool: Pool, choices: Tensor, again: Tensor) -> Followed:
         chosen=chosen,
         right=right,
     )
+
+
+def rules(
+    pool: Pool,
+    choices: Tensor,
+    frames: Tensor,
+    *,
+    every: Iterable[int] = (1, 2, 4, 8, 16),
+    thresholds: Iterable[float] = (THRESHOLD, 0.03, 0.06, 0.12),
+) -> list[dict]:
+    """:func:`follow` under several settings of :func:`when`.
+
+    Returns:
+        A dict each: ``rule``, ``setting``, and ``accuracy``, ``cost`` and ``asked`` of :class:`Followed`.
+    """
+    asked = [("every D frames", D, {"every": D}) for D in every]
+    asked += [("scene change above", at, {"threshold": at}) for at in thresholds]
+    rows = []
+    for rule, setting, how in asked:
+        one = follow(pool, choices, when(frames, **how))
+        figures = {"accuracy": one.accuracy, "cost": one.cost, "asked": one.asked}
+        rows.append({"rule": rule, "setting": setting, **figures})
+    return rows
 
 
 def _histogram(frames: Tensor) -> Tensor:

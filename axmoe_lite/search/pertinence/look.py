@@ -30,7 +30,7 @@ from axmoe_lite.layers.network import exact_kind
 from axmoe_lite.pipeline import Frozen
 from axmoe_lite.runs import store
 from axmoe_lite.search.pertinence.pool import Pool, check_names, find
-from axmoe_lite.search.trial import digest
+from axmoe_lite.search.trial import digest, hold_out
 from axmoe_lite.train.measure import check_fits
 
 MILLION = 1e-6
@@ -113,6 +113,24 @@ def look(
         confidence=torch.stack([one["confidence"] for one in answered], 1),
         product=unit,
     )
+
+
+def unseen(images: Images, *, n: int, seed: int = 0) -> Images:
+    """The set with ``n`` of its training images moved to the test images, so that a small set has a large pool.
+
+    Networks must then be trained on the result.
+
+    Raises:
+        ValueError: if no training image would be left.
+
+    >>> from axmoe_lite import datasets
+    >>> moved = unseen(datasets.synthetic(classes=3, size=8, n_train=20, n_test=5), n=8)
+    >>> len(moved.x_train), len(moved.x_test)
+    (12, 13)
+    """
+    held = hold_out(images, n=n, seed=seed)
+    x, y = (torch.cat([getattr(of, key) for of in (held, images)]) for key in ("x_test", "y_test"))
+    return replace(held, x_test=x, y_test=y)
 
 
 def _answers(

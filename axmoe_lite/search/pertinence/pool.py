@@ -118,6 +118,29 @@ class Pool:
             extractor=self.extractor if self.extractor in wanted else None,
         )
 
+    def with_confidence(self) -> "Pool":
+        """The same, but the dispatcher also sees how sure the extractor is of its own answer. Not from the paper.
+
+        How sure a network is depends on the lead of its best class over the next, whichever they are, and no linear
+        layer on the features can say that. It costs the extractor's last layer, so the extractor is paid for whole.
+
+        Raises:
+            ValueError: if the extractor is not in the pool, or confidences are not known.
+
+        >>> pool = Pool("ab", [1, 3], [[1, 1], [0, 1]], torch.zeros(2, 4), "a", 0.9, torch.tensor([[0.8, 1], [0.3, 1]]))
+        >>> more = pool.with_confidence()
+        >>> [round(value, 1) for value in more.features[:, -1].tolist()], more.extractor_cost
+        ([0.8, 0.3], 1.0)
+        """
+        if self.extractor is None or self.confidence is None:
+            raise ValueError(
+                f"The extractor is {self.extractor!r}, the confidence {'not ' if self.confidence is None else ''}known;"
+                " an extractor of the pool is needed, and confidences as look() gives them."
+            )
+        own = self.names.index(self.extractor)
+        sure = self.confidence[:, own, None].to(self.features.dtype)
+        return replace(self, features=torch.cat([self.features, sure], 1), extractor_cost=self.cost[own].item())
+
 
 # ---------------------------------------------------------------------------------- what choice could do
 

@@ -5,6 +5,10 @@
     mixed(pool, split)                     two networks, drawn by lot: the straight line between them
     cascade(pool, split)                   a cheap network first, a dear one where the first is not confident
     cheapest(rows, 0.76)                   the cheapest that is good enough by the search images
+    compared(pool, split)                  search, with and without the extractor's confidence, and all of these
+    table(pool, split, {"dispatched": rows})    all of these and the ideal, with the same columns
+    bargains(rows, less=0.01)              of each pool and kind the cheapest nearly as good as the best network
+    gaps(rows, pairs, floor=0.1)           kinds against each other, on the mean of all budgets
 
 Everything that is chosen is chosen by the fit and search images; the final ones are looked at here, and only here. All
 rows have the same columns, those of :func:`axmoe_lite.search.report` among them, so that fronts can be compared by
@@ -17,7 +21,10 @@ Chapter: 17, "Which network for which input?"
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +32,10 @@ from torch import Tensor
 
 from axmoe_lite.claims import paired_bootstrap
 from axmoe_lite.search import additive
+from axmoe_lite.search.fronts import dominates
 from axmoe_lite.search.pertinence.dispatcher import Layers, choose
-from axmoe_lite.search.pertinence.evolve import Routed
-from axmoe_lite.search.pertinence.pool import Pool, Split, find
+from axmoe_lite.search.pertinence.evolve import Routed, ratios, search
+from axmoe_lite.search.pertinence.pool import Pool, Split, find, ideal
 from axmoe_lite.study import pack_answers
 
 
@@ -176,6 +184,102 @@ def cheapest(rows: Sequence[dict], accuracy: float) -> dict | None:
     """
     good = [row for row in rows if row["accuracy"] >= accuracy - 1e-12]
     return min(good, key=lambda row: row["cost_search"], default=None)
+
+
+def compared(
+    pool: Pool, split: Split, *, folder: Path | str | None = None, **options: Any
+) -> tuple[dict[str, list[Routed]], list[dict]]:
+    """Search twice, as the paper does and :meth:`Pool.with_confidence`, and lay both beside all the rest.
+
+    Args:
+        folder: for the checkpoints of both searches; None: nowhere.
+        options: of :func:`~axmoe_lite.search.pertinence.search`; ``start`` is that of :func:`ratios` unless given.
+
+    Returns:
+        What was found, ``"dispatched"`` and ``"with confidence"``, and the rows of :func:`table`, each with the
+        ``seconds`` that all of it took.
+    """
+    begun, found, rows = time.perf_counter(), {}, {}
+    how = {"start": ratios(len(pool.names)), **options}
+    for kind, seen in {"dispatched": pool, "with confidence": pool.with_confidence()}.items():
+        file = None if folder is None else Path(folder) / f"{kind.replace(' ', '-')}.safetensors"
+        found[kind] = search(seen, split, checkpoint=file, **how)
+        rows[kind] = report(seen, split, found[kind])
+    beside = table(pool, split, rows)
+    seconds = time.perf_counter() - begun
+    return found, [row | {"seconds": seconds} for row in beside]
+
+
+def table(pool: Pool, split: Split, dispatched: Mapping[str, Sequence[dict]], *, resamples: int = 2000) -> list[dict]:
+    """Dispatchers beside everything that does without one, and the ideal: one list, for a figure or a file.
+
+    Args:
+        dispatched: rows of :func:`report`, by the kind that they are to be called.
+        resamples: of the final images, for the intervals of the others.
+
+    Returns:
+        The rows of all kinds with the same columns; a column that does not apply is ``""``. ``point`` counts the rows
+        of a kind. The ideal pays for features and layer (:attr:`Ideal.cost_paid`). There is no cascade where
+        :func:`best_single` is the cheapest network.
+    """
+    best = best_single(pool, split)
+    searched, final = ideal(pool, split.search), ideal(pool, split.final)
+    perfect = {"kind": "ideal", "name": "the cheapest that is right", "accuracy": searched.accuracy, "against": best}
+    perfect |= {"cost_search": searched.cost_paid, "top1": final.accuracy, "cost": final.cost_paid}
+    perfect |= {"p_norm": final.cost_paid / pool.cost[pool.names.index(best)].item()}
+    perfect |= {"n_test": len(split.final), "shares": json.dumps(final.shares)}
+    groups = [[row | {"kind": kind} for row in rows] for kind, rows in dispatched.items()]
+    groups += [singles(pool, split, resamples=resamples), mixed(pool, split), [perfect]]
+    if best != pool.names[0]:
+        groups.append(cascade(pool, split, resamples=resamples))
+    rows = [row | {"point": point, "n_test": len(split.final)} for group in groups for point, row in enumerate(group)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def bargains(rows: Iterable[Mapping], *, less: float = 0.0) -> dict[tuple[str, str], dict]:
+    """The :func:`cheapest` of each kind in each pool that is as good as the pool's best network, or nearly so.
+
+    What is drawn by lot, and the ideal, are left out: nobody can choose them by an accuracy that they will have.
+
+    Args:
+        rows: of :func:`table`, with ``pool``.
+        less: accuracy on the search images that may be given up.
+
+    Returns:
+        By pool and kind. A kind that has nothing so good is left out.
+    """
+    rows = [dict(row) for row in rows]
+    goal = {row["pool"]: row["accuracy"] - less for row in rows if row["name"] == row["against"]}
+    named = dict.fromkeys((row["pool"], row["kind"]) for row in rows if row["kind"] not in ("mixed", "ideal"))
+    found = {key: cheapest([row for row in rows if (row["pool"], row["kind"]) == key], goal[key[0]]) for key in named}
+    return {key: row for key, row in found.items() if row is not None}
+
+
+def gaps(rows: Iterable[Mapping], pairs: Iterable[tuple[str, str]], *, floor: float = 0.0) -> list[dict]:
+    """Kinds against each other in each pool, by :func:`axmoe_lite.search.dominates`, in points of accuracy.
+
+    Args:
+        rows: of :func:`table`, with ``pool``.
+        pairs: two kinds each. A pool that lacks one of them is left out.
+        floor: the accuracy of what a budget cannot pay for, such as 1 / classes.
+
+    Returns:
+        A dict each: ``pool``, ``front``, ``against``, ``lead``, the mean over all budgets of the two, and its 95 %
+        interval ``low`` and ``high``, which are None for what is drawn by lot.
+    """
+    kinds: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        kinds.setdefault((row["pool"], row["kind"]), []).append(dict(row))
+    lines, pairs = [], list(pairs)
+    for pool in dict.fromkeys(pool for pool, _ in kinds):
+        for one, other in pairs:
+            if (pool, one) in kinds and (pool, other) in kinds:
+                found = dominates(kinds[pool, one], kinds[pool, other], by="accuracy", floor=floor)
+                low, high = (100 * end for end in found.volume_interval) if found.volume_interval else (None, None)
+                line = {"pool": pool, "front": one, "against": other, "lead": 100 * found.volume}
+                lines.append(line | {"low": low, "high": high})
+    return lines
 
 
 def _row(pool: Pool, split: Split, kind: str, name: str, chosen: Tensor, paid: Tensor, resamples: int) -> dict:

@@ -4,6 +4,7 @@
     follow       a network followed once while it runs: its graph, with sizes and layers
     trace        describe a network's layers by following it once; split it into stages
     workers      a real pipeline of pinned worker processes, and the same cores as data parallelism
+    ways         the same cores used in several ways, in turn
     links        values from one process to the next, through memory that both see
     microbench   layers that nobody uses, measured on this machine's cores
     times        seconds of a layer on a number of cores, fitted to those
@@ -28,6 +29,7 @@ from axmoe_lite.search.pipeit.schedule import Schedule, evaluate, gantt, merge_s
 from axmoe_lite.search.pipeit.shapes import Layer
 from axmoe_lite.search.pipeit.times import Predictor, apart, fit
 from axmoe_lite.search.pipeit.trace import chain, describe, seams, split
+from axmoe_lite.search.pipeit.ways import race
 from axmoe_lite.search.pipeit.workers import Ran, Span, parallel, run
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "parallel",
     "pipelines",
     "points",
+    "race",
     "run",
     "seams",
     "split",

@@ -138,6 +138,19 @@ class Predictor:
                     found.append(told | {"mape": float(np.mean(own)), "worst": float(max(own))})
         return found
 
+    def foretell(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Seconds foretold for each measured row's layer and configuration, float64 [rows].
+
+        Raises:
+            ValueError: as :meth:`predict`, and for no rows.
+        """
+        _check_rows(rows)
+        told = np.zeros(len(rows))
+        for stage in dict.fromkeys((row["type"], row["cores"]) for row in rows):
+            own = [i for i, row in enumerate(rows) if (row["type"], row["cores"]) == stage]
+            told[own] = self.predict([_layer(rows[i]) for i in own], stage)
+        return told
+
     def _errors(self, rows: Sequence[Mapping[str, Any]], seen: bool) -> np.ndarray:
         _check_rows(rows)
         known = sum(shape_of(_layer(row)) in self.fitted for row in rows)
@@ -146,11 +159,8 @@ class Predictor:
                 f"{known} of the {len(rows)} rows are of layers that this was fitted to; keep some with apart(), or"
                 " say seen=True."
             )
-        measured, told = np.array([row["seconds"] for row in rows]), np.zeros(len(rows))
-        for stage in dict.fromkeys((row["type"], row["cores"]) for row in rows):
-            own = [i for i, row in enumerate(rows) if (row["type"], row["cores"]) == stage]
-            told[own] = self.predict([_layer(rows[i]) for i in own], stage)
-        return np.abs(told - measured) / measured
+        measured = np.array([row["seconds"] for row in rows])
+        return np.abs(self.foretell(rows) - measured) / measured
 
 
 def kind_of(layer: Layer) -> str:
