@@ -1,10 +1,21 @@
 """Fixtures that several test files share."""
 
+import os
+
 import pytest
 import torch
 
 from axmoe_lite import datasets
 from axmoe_lite.runs import rehearsal
+
+
+def pytest_configure(config):
+    """Test processes side by side share the cores: two pools of threads on the same cores wait for each other."""
+    side_by_side = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if side_by_side > 1:
+        threads = max(1, (os.cpu_count() or 1) // side_by_side)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # and for the processes that a test starts
 
 
 @pytest.fixture
