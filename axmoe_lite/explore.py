@@ -23,7 +23,7 @@ from axmoe_lite import datasets, models, paths, train
 from axmoe_lite.datasets import Images
 from axmoe_lite.factors import factorise
 from axmoe_lite.layers import approximate, evaluating
-from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, errors, exact_table, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, errors, exact_table
 from axmoe_lite.pipeline import freeze
 from axmoe_lite.search.predict import operands
 
@@ -153,6 +153,7 @@ def look(m: Multiplier, seen: Witness | None = None, *, layer: str = "") -> dict
         that simulate it exactly), ``mae``, ``wce``, ``ep``, ``bias``; with a network also ``real_mae``, ``real_bias``,
         ``layer``, and ``top1`` in [0, 1].
 
+    >>> from axmoe_lite.multipliers import multiplier
     >>> look(multiplier("mul8s_1KVA"))["rank"]
     5
     """
