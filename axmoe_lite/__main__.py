@@ -17,6 +17,8 @@ import signal
 import sys
 from pathlib import Path
 
+from axmoe_lite import __version__, paths
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -24,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop the runs, say what is done
     try:
+        if told := paths.unpack_book(__version__):
+            print(told, file=sys.stderr)
         return COMMANDS[chosen.command](chosen)
     except (ValueError, ImportError, OSError, RuntimeError) as wrong:
         print(f"axmoe {chosen.command}: {wrong}", file=sys.stderr)

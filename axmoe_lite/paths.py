@@ -6,6 +6,8 @@ installed without one. Functions, not constants: the variable is read at each ca
 """
 
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -16,6 +18,11 @@ def home() -> Path:
     if chosen := os.environ.get("AXMOE_HOME"):
         return Path(chosen).expanduser().resolve()
     return CHECKOUT if (CHECKOUT / "book").is_dir() else Path.home() / ".cache" / "axmoe_lite"
+
+
+def book_dir() -> Path:
+    """The chapters: of the checkout, else those that :func:`unpack_book` put into :func:`home`."""
+    return (CHECKOUT if (CHECKOUT / "book").is_dir() else home()) / "book"
 
 
 def cache_dir() -> Path:
@@ -36,3 +43,32 @@ def results_dir() -> Path:
 def checkpoints_dir() -> Path:
     """Committed weights, each under 2 MB, with their recipe in the file's own header."""
     return home() / "data" / "checkpoints"
+
+
+def unpack_book(version: str) -> str:
+    """Where the package was installed without a checkout: copy the chapters and rows of its wheel into :func:`home`.
+
+    Files that are there stay as they are: they may have been edited. In a checkout nothing is done.
+
+    Args:
+        version: of the package; chapters of another version are named, not replaced.
+
+    Returns:
+        What a user should know of it; "" if nothing.
+    """
+    shipped = Path(sysconfig.get_path("data")) / "share" / "axmoe_lite"
+    if (CHECKOUT / "book").is_dir() or not (shipped / "book").is_dir():
+        return ""
+    stamp = home() / "book" / ".version"
+    if stamp.exists():
+        there = stamp.read_text(encoding="utf-8").strip()
+        if there == version:
+            return ""
+        return f"The chapters in {book_dir()} are of version {there}, the package is {version}: move them away for new ones."
+    for file in sorted(file for file in shipped.rglob("*") if file.is_file()):
+        target = home() / file.relative_to(shipped)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    stamp.write_text(version + "\n", encoding="utf-8")
+    return f"The chapters and their rows are now in {home()} (AXMOE_HOME chooses another folder)."

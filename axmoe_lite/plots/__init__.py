@@ -46,7 +46,7 @@ from axmoe_lite.plots.multipliers import (
     power_error_front,
     proxy_check,
 )
-from axmoe_lite.plots.networks import learning_curve, resilience
+from axmoe_lite.plots.networks import healing, learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
 from axmoe_lite.plots.places import crossings, energy_fronts, gantt, places_map
 from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy, point_tiles
@@ -85,6 +85,7 @@ __all__ = [
     "fronts",
     "gain_bars",
     "gantt",
+    "healing",
     "heat_map",
     "instance_costs",
     "javascript_bundle",

@@ -6,8 +6,8 @@ Chapter: 05, "What happens to a network?"
 import altair as alt
 import pandas as pd
 
-from axmoe_lite.multipliers import PAPER_EIGHT
-from axmoe_lite.plots.theme import check_evidence
+from axmoe_lite.multipliers import EXACT, PAPER_EIGHT
+from axmoe_lite.plots.theme import BLUE, GREEN, GREY, RED, check_evidence
 
 
 def resilience(rows: list[dict]) -> alt.LayerChart:
@@ -90,3 +90,81 @@ def learning_curve(history: list[dict], *, title: str) -> alt.Chart:
         )
         .properties(width=480, height=220, title=title)
     )
+
+
+STATES = {
+    "not retrained": "as it was trained",
+    "norms refreshed": "BatchNorm's averages taken anew, no weight trained",
+    "retrained": "retrained under the circuit: five epochs of 2,500 images",
+}
+
+
+def healing(rows: list[dict]) -> alt.LayerChart:
+    """The book's front page: what each circuit leaves of one dense network, and what brings it back.
+
+    Args:
+        rows: of a study (:func:`axmoe_lite.study.run`), of one network and seed, dense.
+
+    Raises:
+        ValueError: for rows without evidence, or of several networks, topologies or seeds.
+    """
+    check_evidence(rows, "multiplier")
+    for column in ("network", "topology", "seed", "dataset"):
+        if len(found := sorted({str(row[column]) for row in rows})) != 1:
+            raise ValueError(f"The front page shows one {column}; these rows have {', '.join(found) or 'none'}.")
+    table = pd.DataFrame(rows).query("multiplier != 'float32' and regime in @STATES")
+    table = table.astype({"top1": float, "power_mw": float})
+    exact = table.query("multiplier == @EXACT and regime == 'not retrained'").iloc[0]
+    table = table[table.multiplier != EXACT]
+    table["power"] = table["power_mw"] / exact.power_mw
+    table["state"] = table["regime"].map(STATES)
+    table["circuit"] = table["multiplier"].str.replace("mul8s_1", "")
+    ends = table.pivot_table(index=["circuit", "power"], columns="regime", values="top1").reset_index()
+    ends["top"] = ends[list(STATES)].max(axis=1)
+    ends["low"] = ends[list(STATES)].min(axis=1)
+    x = alt.X(
+        "power:Q",
+        title="power of one multiplication, of the exact circuit's",
+        axis=alt.Axis(format="%", values=[n / 10 for n in range(11)]),
+        scale=alt.Scale(domain=[0, 1.03], nice=False),
+    )
+    percent = alt.Axis(format="%", values=[n / 10 for n in range(8)])
+    y = alt.Y("top1:Q", title="top-1 accuracy", axis=percent, scale=alt.Scale(domain=[0, 0.75]))
+    stems = alt.Chart(ends).mark_rule(color="#bbb", strokeWidth=2).encode(x=x, y=alt.Y("low:Q"), y2="top:Q")
+    marks = (
+        alt.Chart(table)
+        .mark_point(size=85, filled=True, opacity=1)
+        .encode(
+            x=x,
+            y=y,
+            color=alt.Color(
+                "state:N",
+                title=None,
+                sort=list(STATES.values()),
+                scale=alt.Scale(domain=list(STATES.values()), range=[RED, BLUE, GREEN]),
+                legend=alt.Legend(orient="bottom", columns=1, labelLimit=460),
+            ),
+            shape=alt.Shape(
+                "state:N",
+                title=None,
+                sort=list(STATES.values()),
+                scale=alt.Scale(domain=list(STATES.values()), range=["triangle-down", "circle", "diamond"]),
+            ),
+            tooltip=["multiplier", "state", alt.Tooltip("top1:Q", format=".1%"), alt.Tooltip("power:Q", format=".0%")],
+        )
+    )
+    # Circuits of nearly the same power stand on two steps.
+    close = ends.sort_values("power")["power"].diff().abs().lt(0.04).reindex(ends.index)
+    ends["lift"] = 0.035 * (close & (ends["power"].rank().astype(int) % 2 == 0))
+    ends["label"] = ends["top"].clip(lower=0.02) + 0.03 + ends["lift"]
+    labels = alt.Chart(ends).mark_text(fontSize=11).encode(x=x, y="label:Q", text="circuit:N")
+    rule = alt.Chart(pd.DataFrame([{"top1": exact.top1}])).mark_rule(strokeDash=[4, 4], color=GREY).encode(y=y)
+    n = int(exact.n_test)
+    title = alt.Title(
+        "What cheap multipliers break, and what brings it back",
+        subtitle=[
+            f"{exact.network} on {exact.dataset} ({n:,} test images, seed {exact.seed}) under {len(ends)} circuits.",
+            f"Dashed: the exact circuit, {exact.top1:.0%}.",
+        ],
+    )
+    return (rule + stems + marks + labels).properties(width=560, height=340, title=title)

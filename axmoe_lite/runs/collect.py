@@ -190,7 +190,7 @@ def _chapter(name: str) -> str:
 
 def _present_source(run: Run, digests: dict[str, str]) -> str:
     """The digest that a run would have now; a notebook from elsewhere is taken as the run has it."""
-    chapter = paths.CHECKOUT / "book" / f"{run.chapter}.ipynb"
+    chapter = paths.book_dir() / f"{run.chapter}.ipynb"
     if not chapter.exists():
         return store.source_digest(run.folder / "source.ipynb")
     if run.chapter not in digests:

@@ -12,7 +12,7 @@ from axmoe_lite import paths
 
 def chapters() -> list[Path]:
     """The book's chapters in reading order; none where the package was installed without the book."""
-    return sorted((paths.CHECKOUT / "book").glob("[0-9][0-9]_*.ipynb"))
+    return sorted(paths.book_dir().glob("[0-9][0-9]_*.ipynb"))
 
 
 def find(chapter: str | Path) -> Path:
@@ -36,7 +36,7 @@ def find(chapter: str | Path) -> Path:
         number, _, name = path.stem.partition("_")
         if asked in (number, number.lstrip("0"), name, path.stem):
             return path
-    for path in (Path(asked).expanduser(), paths.CHECKOUT / asked, paths.CHECKOUT / "book" / asked):
+    for path in (Path(asked).expanduser(), paths.book_dir().parent / asked, paths.book_dir() / asked):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
     problem = f"{asked!r} is no chapter and no notebook on disk."
@@ -50,7 +50,7 @@ def find(chapter: str | Path) -> Path:
 
 def no_book() -> str:
     """The sentence for those who installed the package without the book."""
-    return f"There is no book in {paths.CHECKOUT}: the package was installed without it."
+    return f"There is no book in {paths.book_dir().parent}: the package was installed without it."
 
 
 def load(notebook: Path) -> dict:
