@@ -64,7 +64,7 @@ def unpack_book(version: str) -> str:
         there = stamp.read_text(encoding="utf-8").strip()
         if there == version:
             return ""
-        return f"The chapters in {book_dir()} are of version {there}, the package is {version}: move them away for new ones."
+        return f"The chapters in {book_dir()} are of version {there}, the package is {version}; move them away."
     for file in sorted(file for file in shipped.rglob("*") if file.is_file()):
         target = home() / file.relative_to(shipped)
         if not target.exists():

@@ -9,7 +9,7 @@ import vl_convert
 
 from axmoe_lite import EVOAPPROX, errors, multiplier, pipeline, plots, runs
 from axmoe_lite.layers.correction import LayerError
-from axmoe_lite.plots.theme import _html
+from axmoe_lite.plots.theme import _html, _packed
 from axmoe_lite.quant import Histogram, quantise
 
 
@@ -181,3 +181,16 @@ def test_the_layers_charts_say_what_they_were_given(seen):
     # 36 products lean by 36 * 12.25 = 441; the exact sum varies by 6 * 73.9 * 73.9 = 32,768 (2^30 / 2^15).
     assert lean["predicted"] == pytest.approx(441 / 32_768, rel=0.01)
     assert lean["measured"] == pytest.approx(lean["predicted"], rel=0.05)
+
+
+def test_rows_are_packed_and_the_page_gets_them_back():
+    """The browser's own unpacking is run by every page of the built book; here its inverse is checked on the data."""
+    rows = [{"x": n, "dataset": "digits", "seed": 0} for n in range(3)]
+    assert _packed({"datasets": {"d": rows}})["datasets"]["d"] == {
+        "same": {"dataset": "digits", "seed": 0},
+        "columns": ["x"],
+        "rows": [[0], [1], [2]],
+    }
+    for left in ([{"x": 1}], [{"x": 1}, {"y": 2}], "a,b\n1,2"):  # one row, unlike rows, text
+        assert _packed({"datasets": {"d": left}})["datasets"]["d"] == left
+    assert _packed({"mark": "point"}) == {"mark": "point"}

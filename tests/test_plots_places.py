@@ -22,8 +22,8 @@ def test_gantt_counts_from_the_first_start_in_its_unit() -> None:
     assert drawn[6]["start"] == 0
     spec = chart.to_dict()
     (slider,) = [p for p in spec["params"] if p["name"] == "now"]
-    assert slider["value"] == slider["bind"]["max"] == pytest.approx(4.0)
-    assert slider["bind"]["step"] == pytest.approx(4 / 60)
+    assert slider["value"] == slider["bind"]["max"] == pytest.approx(4.06)  # 58 steps of 0.07: the first past 4.0
+    assert slider["bind"]["step"] == pytest.approx(0.07)  # 4 / 60, to one digit
 
 
 def test_gantt_draws_only_what_has_begun() -> None:

@@ -92,7 +92,7 @@ def dispatch_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.FacetCha
     )
     y = alt.Y("top1:Q", title="top-1, final images", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False))
     colour = alt.Color("kind:N", title=None, scale=looks[0], legend=legend)
-    dash = alt.StrokeDash("kind:N", scale=looks[2], legend=None)
+    dash = alt.StrokeDash("kind:N", title=None, scale=looks[2], legend=legend)
     lines = shown.transform_filter("datum.kind!='single' && datum.kind!='ideal'")
     lines = lines.mark_line(strokeWidth=1.4, opacity=0.8)
     lines = lines.encode(x=x, y=y, color=colour, strokeDash=dash, order="cost:Q")

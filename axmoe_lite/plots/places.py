@@ -3,6 +3,7 @@
 Chapters: 18, "Which core for which layer?", and 19, "Where should an expert live?".
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,9 +49,9 @@ def gantt(
     table[["start", "end"]] = (table[["start", "end"]] - table["start"].min()) * factors[unit]
     table["kind"] = [f"{image % len(_COLOURS)}" for image in table["image"]]
     last = float(table["end"].max())
-    now = alt.param(
-        name="now", value=last, bind=alt.binding_range(min=0, max=last, step=last / steps, name=f"time, {unit} ")
-    )
+    step = float(f"{last / steps:.0e}")  # one digit, so that the slider shows a time that can be read
+    end = float(f"{math.ceil(last / step) * step:.6g}")
+    now = alt.param(name="now", value=end, bind=alt.binding_range(min=0, max=end, step=step, name=f"time, {unit} "))
     shades = alt.Scale(domain=[str(i) for i in range(len(_COLOURS))], range=_COLOURS)
     lanes = list(dict.fromkeys(table["lane"]))
     x = alt.X("start:Q", title=f"time, {unit}", scale=alt.Scale(domain=[0, last], nice=False))
@@ -164,17 +165,16 @@ def energy_fronts(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.
     families = list(dict.fromkeys(table["family"]))
     scale = alt.Scale(domain=families, range=[_COLOURS[i % len(_COLOURS)] for i in range(len(families))])
     pick = alt.selection_point(fields=["family"], bind="legend")
+    legend = alt.Legend(orient="top", columns=2, labelLimit=300)
     kept = ["family", "energy", "speedup", "throughput", "top1", "time_s", *_TOLD]
     shown = alt.Chart(table[[column for column in kept if column in table]]).encode(
         x=alt.X("energy:Q", title="energy of an input (1: the dense network, exact, on big cores)"),
         y=alt.Y("speedup:Q", title="throughput over all on the big cores"),
-        color=alt.Color(
-            "family:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=2, labelLimit=300)
-        ),
+        color=alt.Color("family:N", title=None, scale=scale, legend=legend),
         opacity=alt.condition(pick, alt.value(0.95), alt.value(0.1)),
     )
     points = shown.mark_point(filled=True, size=70).encode(
-        shape=alt.Shape("family:N", scale=alt.Scale(domain=families), legend=None),
+        shape=alt.Shape("family:N", title=None, scale=alt.Scale(domain=families), legend=legend),
         tooltip=[
             "family",
             alt.Tooltip("energy:Q", format=".3f"),
@@ -209,7 +209,7 @@ def crossings(streamed: Mapping[tuple[str, str, float], Streamed], *, title: str
         color=alt.Color("placement:N", title=None, scale=colours, legend=alt.Legend(orient="top")),
     )
     points = base.mark_point(filled=True, size=50).encode(
-        shape=alt.Shape("placement:N", scale=alt.Scale(domain=kinds), legend=None),
+        shape=alt.Shape("placement:N", title=None, scale=alt.Scale(domain=kinds), legend=alt.Legend(orient="top")),
         tooltip=[
             "network",
             "placement",

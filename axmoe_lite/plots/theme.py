@@ -63,18 +63,40 @@ def javascript_bundle() -> str:
     return "(function(){" + vl_convert.javascript_bundle() + "})();"
 
 
+_ACTIONS = '{"export":true,"source":false,"compiled":false,"editor":false}'
+
+# A dataset's rows as the page needs them, from what :func:`_packed` made.
+_UNPACK = (
+    "s=>{for(const k in s.datasets||{}){const d=s.datasets[k];if(d.rows)s.datasets[k]=d.rows.map("
+    "r=>{const o={...d.same};d.columns.forEach((c,i)=>{o[c]=r[i]});return o})}return s}"
+)
+
+
+def _packed(spec: dict[str, Any]) -> dict[str, Any]:
+    """The specification with each dataset as columns and rows, and once what all rows share."""
+    datasets = {}
+    for name, rows in spec.get("datasets", {}).items():
+        datasets[name] = rows
+        if isinstance(rows, list) and len(rows) > 1 and all(row.keys() == rows[0].keys() for row in rows):
+            same = {key: value for key, value in rows[0].items() if all(row[key] == value for row in rows)}
+            columns = [key for key in rows[0] if key not in same]
+            values = [[row[key] for key in columns] for row in rows]
+            datasets[name] = {"same": same, "columns": columns, "rows": values}
+    return {**spec, "datasets": datasets} if datasets else spec
+
+
 def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
     """Altair's renderer: a div, the chart's description, and the call that fills the div."""
     in_book = bool(os.environ.get("AXMOE_BOOK"))
     # Pages are the same at every build; but two live notebooks share one browser page, and must not share names.
     name = f"axmoe-chart-{next(_numbers) if in_book else uuid.uuid4().hex}"
-    text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
+    text = json.dumps(_packed(spec), separators=(",", ":")).replace("</", "<\\/")
     bundle = ""
     if not in_book:
         # Only where it would end the script: Vega's code also holds regular expressions such as /</.
         script = javascript_bundle().replace("</script", "<\\/script")
         bundle = f"if(!window.vegaEmbed){{{script}}}"
-    draw = f'vegaEmbed("#{name}",{text},{{"actions":{{"export":true,"source":false,"compiled":false,"editor":false}}}})'
+    draw = f'vegaEmbed("#{name}",({_UNPACK})({text}),{{"actions":{_ACTIONS}}})'
     show = f'{draw}.catch(e=>{{document.getElementById("{name}").textContent="This chart failed: "+e}})'
     wait = f'if(window.vegaEmbed){{{show}}}else{{window.addEventListener("load",()=>{{{show}}})}}'
     return {"text/html": f'<div id="{name}" class="axmoe-chart"></div><script>{bundle}{wait}</script>'}
