@@ -7,7 +7,7 @@ installed without one. Functions, not constants: the variable is read at each ca
 
 import os
 import shutil
-import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -56,8 +56,15 @@ def unpack_book(version: str) -> str:
     Returns:
         What a user should know of it; "" if nothing.
     """
-    shipped = Path(sysconfig.get_path("data")) / "share" / "axmoe_lite"
-    if (CHECKOUT / "book").is_dir() or not (shipped / "book").is_dir():
+    if (CHECKOUT / "book").is_dir():
+        return ""
+    try:
+        listed = metadata.files("axmoe_lite") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    marker = "share/axmoe_lite/"
+    shipped = {file.as_posix().partition(marker)[2]: file for file in listed if marker in file.as_posix()}
+    if not shipped:
         return ""
     stamp = home() / "book" / ".version"
     if stamp.exists():
@@ -65,10 +72,10 @@ def unpack_book(version: str) -> str:
         if there == version:
             return ""
         return f"The chapters in {book_dir()} are of version {there}, the package is {version}; move them away."
-    for file in sorted(file for file in shipped.rglob("*") if file.is_file()):
-        target = home() / file.relative_to(shipped)
+    for name, file in shipped.items():
+        target = home() / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            shutil.copyfile(file.locate(), target)
     stamp.write_text(version + "\n", encoding="utf-8")
     return f"The chapters and their rows are now in {home()} (AXMOE_HOME chooses another folder)."

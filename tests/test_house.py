@@ -107,7 +107,7 @@ def test_environment_matches_pyproject():
         *(d for extra in ("book", "search", "fast", "sweep", "test") for d in project["optional-dependencies"][extra]),
     ]
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert listed[-1]["pip"] == list(dict.fromkeys(wanted))  # two extras may want one package
+    assert listed[-1]["pip"] == [*dict.fromkeys(wanted), "-e ."]  # two extras may want one package
     assert f"python{project['requires-python']}" in listed
 
 
