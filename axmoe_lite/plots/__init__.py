@@ -9,6 +9,7 @@
     speed          what simulating it costs
     cost           what an answer costs in each topology, and what accuracy it buys
     runs           which run was at work when
+    picker         any number of a study, by four menus
     study          a whole study: what each topology keeps under each circuit, what heals it, what it costs
     search         what each part can bear, and the fronts of assignments that were searched for
     noise          what errors were foretold, what noise layers bear, and what it buys
@@ -48,6 +49,7 @@ from axmoe_lite.plots.multipliers import (
 )
 from axmoe_lite.plots.networks import healing, learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
+from axmoe_lite.plots.picker import row_picker
 from axmoe_lite.plots.places import crossings, energy_fronts, gantt, places_map
 from axmoe_lite.plots.points import budget_trace, instance_costs, point_accuracy, point_tiles
 from axmoe_lite.plots.runs import timeline
@@ -110,6 +112,7 @@ __all__ = [
     "recovery_curves",
     "resilience",
     "resilience_curves",
+    "row_picker",
     "searched_fronts",
     "sensitivities",
     "shared_terms",
