@@ -4,7 +4,7 @@ BIN = .venv/bin
 # The venv is made again when the dependencies change.
 READY = .venv/.ready
 
-.PHONY: book test setup clean
+.PHONY: book test pages setup clean
 
 book: $(READY)
 	$(BIN)/axmoe book
@@ -13,6 +13,10 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What `make book` built, page by page in a real browser, and the explorer in a live JupyterLab.
+pages: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2 tests/test_pages.py tests/test_lab.py
 
 setup: $(READY)
 
