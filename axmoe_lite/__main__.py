@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
     book.add_argument("--workers", type=int, help="chapters at a time (default: one a core)")
     book.add_argument("--force", action="store_true", help="execute and build everything")
+    book.add_argument("--single", action="store_true", help="the whole book as one page too, for printing")
     bench = command("bench", "measure speed against float32 on this machine, in turns")
     bench.add_argument("--cases", default="", help="groups of cases, as in gemm,resnet20 (default: all)")
     bench.add_argument("--threads", default="", help="numbers of threads, as in 1,2 (default: 1, and 2 if there are)")
@@ -155,7 +156,7 @@ def _compare(chosen: argparse.Namespace) -> int:
 def _book(chosen: argparse.Namespace) -> int:
     from axmoe_lite import book
 
-    return book.build(scale=chosen.scale, workers=chosen.workers, force=chosen.force)
+    return book.build(scale=chosen.scale, workers=chosen.workers, force=chosen.force, single=chosen.single)
 
 
 def _bench(chosen: argparse.Namespace) -> int:

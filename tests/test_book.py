@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import axmoe_lite
 from axmoe_lite import book, paths, plots
 from axmoe_lite.__main__ import main
 from axmoe_lite.book import WIDGET, build, data_named_in, page
@@ -139,7 +140,7 @@ def test_pages_keep_no_widget_and_no_second_copy_of_vega(monkeypatch):
     for live in (True, False):
         monkeypatch.setenv("AXMOE_BOOK", "" if live else "1")
         spec = alt.Chart(alt.Data(values=[{"x": 1}])).mark_point().encode(x="x:Q").to_dict()
-        html[live] = re.sub(r"axmoe-chart-\w+", "axmoe-chart-1", _html(spec)["text/html"])
+        html[live] = re.sub(r"axmoe-chart-[\w-]+", "axmoe-chart-1", _html(spec)["text/html"])
     chart = {"output_type": "display_data", "metadata": {}, "data": {"text/html": html[True].splitlines(True)}}
     executed = notebook(cell("show()", view, SEVEN, chart))
     outputs = page(notebook(cell("show()")), executed, changed={})["cells"][0]["outputs"]
@@ -306,6 +307,28 @@ def test_the_stage_is_the_book_and_files_that_do_not_differ_keep_their_time(tiny
     book.write_stage(tiny_book / "book", stage, pages)
     again = {file: file.stat().st_mtime_ns for file in stage.rglob("*") if file.is_file()}
     assert {file.name for file in times if again.get(file) != times[file]} == {"note.txt", "intro.md"}
+
+
+def test_the_whole_book_stands_on_one_page_if_asked(tiny_book, capfd):
+    assert build(single=True) == 0
+    page = tiny_book / "book" / "_build" / "singlehtml" / "intro.html"
+    text = page.read_text()
+    assert "42 quick" in text and "A time" in text and str(page) in capfd.readouterr().out
+
+
+def test_the_table_of_runs_says_how_long_each_took_and_on_what(tiny_book):
+    (tiny_book / "book" / "status.md").write_text("# Status\n\nWritten by hand.\n")
+    assert build() == 0
+    text = (tiny_book / "book" / "_build" / "stage" / "status.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| {doc}")]
+    assert text.startswith("# Status\n\nWritten by hand.\n") and [row[0].strip() for row in rows] == [
+        "{doc}`01_sum`",
+        "{doc}`02_time`",
+    ]
+    ended = {run.chapter: store.outcome(run) for run in store.all_runs()}
+    assert all(row[1].strip() == "finished" for row in rows)
+    assert [float(row[3]) for row in rows] == [round(ended[name]["seconds"]) for name in ("01_sum", "02_time")]
+    assert "**Scale** quick." in text and f"axmoe_lite {axmoe_lite.__version__}" in text
 
 
 def test_force_and_other_parameters_execute_again(tiny_book, monkeypatch):

@@ -23,7 +23,7 @@ import sys
 
 from axmoe_lite import paths, runs
 from axmoe_lite.book.execute import LIMIT_MINUTES, data_named_in, execute, what_failed, work_of
-from axmoe_lite.book.html import build_pages, write_stage
+from axmoe_lite.book.html import build_pages, build_single, write_stage
 from axmoe_lite.book.pages import WIDGET, page, page_of
 from axmoe_lite.book.status import status_page
 from axmoe_lite.doctor import pip
@@ -31,7 +31,7 @@ from axmoe_lite.doctor import pip
 __all__ = ["WIDGET", "build", "data_named_in", "page", "status_page", "work_of"]
 
 
-def build(*, scale: str = "quick", workers: int | None = None, force: bool = False) -> int:
+def build(*, scale: str = "quick", workers: int | None = None, force: bool = False, single: bool = False) -> int:
     """Execute the chapters that changed, then build the pages that changed, in ``book/_build/html``.
 
     Args:
@@ -39,6 +39,7 @@ def build(*, scale: str = "quick", workers: int | None = None, force: bool = Fal
         workers: chapters at a time; None for one a core. Chapters whose metadata say ``{"axmoe": {"alone": true}}``
             measure time, and follow one by one.
         force: execute and build everything.
+        single: also the whole book as one page, in ``book/_build/singlehtml``, for printing.
 
     Returns:
         The exit status: 0, or 1 if there is no book, a chapter failed, or a page did.
@@ -74,7 +75,7 @@ def build(*, scale: str = "quick", workers: int | None = None, force: bool = Fal
     if edited := [name for name, content in pages.items() if content is None]:
         return _refuse(f"{', '.join(edited)} was edited meanwhile; the same command executes what changed.")
     write_stage(book, stage, pages | {"status.md": status_page(works)})
-    return build_pages(stage, book / "_build", force=force)
+    return build_pages(stage, book / "_build", force=force) or (build_single(stage, book / "_build") if single else 0)
 
 
 def _refuse(why: str) -> int:

@@ -62,13 +62,25 @@ def build_pages(stage: Path, build: Path, *, force: bool) -> int:
         return 0
     everything = force or before.get("frame") != now["frame"] or not index.exists()
     stamp.unlink(missing_ok=True)  # a build that fails has warned of what the next would no longer look at
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(stage), "--path-output"]
-    command += [str(build.parent), *(["--all"] if everything else []), "-W", "--keep-going"]
-    if subprocess.run(command, check=False).returncode:
-        return 1
+    if status := _jupyter_book(stage, build, *(["--all"] if everything else [])):
+        return status
     store.write_json(stamp, now)
     print(f"The book is at {index}")
     return 0
+
+
+def build_single(stage: Path, build: Path) -> int:
+    """The whole book as one page, ``build/singlehtml/intro.html``; returns the exit status."""
+    if status := _jupyter_book(stage, build, "--builder", "singlehtml"):
+        return status
+    print(f"The book on one page is at {build / 'singlehtml' / 'intro.html'}; a browser prints it as PDF.")
+    return 0
+
+
+def _jupyter_book(stage: Path, build: Path, *options: str) -> int:
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(stage)]
+    command += ["--path-output", str(build.parent), *options, "-W", "--keep-going"]
+    return int(subprocess.run(command, check=False).returncode != 0)
 
 
 def _frame(stage: Path) -> str:

@@ -7,6 +7,7 @@ Chapters: 01 to 09.
 """
 
 import ast
+import hashlib
 import inspect
 import itertools
 import json
@@ -88,9 +89,10 @@ def _packed(spec: dict[str, Any]) -> dict[str, Any]:
 def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
     """Altair's renderer: a div, the chart's description, and the call that fills the div."""
     in_book = bool(os.environ.get("AXMOE_BOOK"))
-    # Pages are the same at every build; but two live notebooks share one browser page, and must not share names.
-    name = f"axmoe-chart-{next(_numbers) if in_book else uuid.uuid4().hex}"
     text = json.dumps(_packed(spec), separators=(",", ":")).replace("</", "<\\/")
+    # Pages are the same at every build, and chapters may stand on one page; two live notebooks share a browser page.
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-{next(_numbers)}" if in_book else uuid.uuid4().hex
+    name = f"axmoe-chart-{name}"
     bundle = ""
     if not in_book:
         # Only where it would end the script: Vega's code also holds regular expressions such as /</.
