@@ -18,7 +18,6 @@ def compiled(chart):
 
 
 CHARTS = {
-    "explorer": plots.broken_array_explorer,
     "maps": lambda: plots.error_maps(["mul8s_1KVA", "mitchell()"]),
     "front": plots.power_error_front,
     "cells": lambda: plots.kept_cells(list(EVOAPPROX)),
@@ -35,25 +34,6 @@ def test_charts_compile_stay_small_and_name_no_address(name, monkeypatch):
     html = _html(spec)["text/html"]
     assert len(html) < 300_000
     assert "http" not in html.replace(spec["$schema"], "")
-
-
-def test_the_explorers_expressions_give_the_real_multiplier():
-    """The page's own arithmetic, run by Vega on all 65,536 pairs, against the table."""
-    spec = plots.broken_array_explorer().to_dict()
-    sliders = {param["name"]: param for param in spec["params"]}
-    for drops in [(1, 1, 0), (0, 0, 4), (2, 0, 5), (3, 5, 9), (6, 6, 10)]:
-        for slider, value in zip(("drop_a", "drop_b", "drop_columns"), drops, strict=True):
-            sliders[slider]["value"] = value
-        texts = figures_of(spec)
-        name = f"broken_array({','.join(map(str, drops))})"
-        found = errors(multiplier(name))
-        assert f"mean |error|:  {found.mae:.1f}" in texts
-        assert f"worst |error|:  {found.wce}" in texts
-        assert f"mean error (bias):  {found.mean_error:+.2f}".replace("-", "\N{MINUS SIGN}") in texts
-        positive = errors(multiplier(name), a=(torch.arange(-128, 128) >= 0).double()).mean_error
-        assert f"bias for a ≥ 0:  {positive:+.2f}".replace("-", "\N{MINUS SIGN}") in texts
-        share = multiplier(name).power_mw / multiplier("mul8s_1KV6").power_mw
-        assert any(f"{share:.0%} of the exact" in text for text in texts)
 
 
 def figures_of(spec) -> list[str]:

@@ -59,7 +59,7 @@ def _same_code(a: dict, b: dict) -> bool:
 def _for_a_page(output: dict) -> dict:
     """An output without the copy of Vega that every chart of a live notebook carries: a page has its own, once."""
     html = "".join(output.get("data", {}).get("text/html", ""))
-    start, end = html.find("if(!window.vegaEmbed){"), html.rfind("if(window.vegaEmbed){")
+    start, end = html.find("if(!window.vegaEmbed){"), html.rfind("const draw=()=>")
     if 'class="axmoe-chart"' not in html or not 0 <= start < end:
         return output
     return {**output, "data": {**output["data"], "text/html": html[:start] + html[end:]}}

@@ -1,6 +1,7 @@
 """The book's figures: one Altair theme, and charts that draw with the network off.
 
     theme          colours, the renderer, the sources that chapters show
+    explorer       one multiplier under sliders, all that follows from it, computed in the page
     multipliers    what a multiplier gets wrong, and what it is made of
     layers         what a layer does to numbers: bytes, and sums of wrong products
     networks       what a network makes of it
@@ -20,13 +21,14 @@
     granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
 
-Chapters: 01 to 19.
+Chapters: 00 to 19.
 """
 
 from axmoe_lite.plots.claims import effects, verdicts
 from axmoe_lite.plots.cost import accuracy_cost, cost_explorer, executed_stored, pareto
 from axmoe_lite.plots.dispatch import dispatch_fronts, film_rules, pool_members
 from axmoe_lite.plots.experts import changed_choices, cluster_samples, loads, who_answers
+from axmoe_lite.plots.explorer import explorer
 from axmoe_lite.plots.granularity import effort, effort_bars, reached, searched_fronts, shared_terms, weight_tuning
 from axmoe_lite.plots.layers import (
     channel_ranges,
@@ -40,7 +42,6 @@ from axmoe_lite.plots.layers import (
 )
 from axmoe_lite.plots.learning import product_slopes, recovered, recovery_curves
 from axmoe_lite.plots.multipliers import (
-    broken_array_explorer,
     error_maps,
     kept_cells,
     number_grid,
@@ -61,7 +62,6 @@ from axmoe_lite.plots.theme import javascript_bundle, source, theme
 
 __all__ = [
     "accuracy_cost",
-    "broken_array_explorer",
     "budget_trace",
     "changed_choices",
     "channel_ranges",
@@ -82,6 +82,7 @@ __all__ = [
     "error_bars",
     "error_maps",
     "executed_stored",
+    "explorer",
     "film_rules",
     "foretold_times",
     "fronts",

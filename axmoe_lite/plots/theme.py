@@ -99,9 +99,11 @@ def _html(spec: dict[str, Any], **_: Any) -> dict[str, str]:
         script = javascript_bundle().replace("</script", "<\\/script")
         bundle = f"if(!window.vegaEmbed){{{script}}}"
     draw = f'vegaEmbed("#{name}",({_UNPACK})({text}),{{"actions":{_ACTIONS}}})'
-    show = f'{draw}.catch(e=>{{document.getElementById("{name}").textContent="This chart failed: "+e}})'
-    wait = f'if(window.vegaEmbed){{{show}}}else{{window.addEventListener("load",()=>{{{show}}})}}'
-    return {"text/html": f'<div id="{name}" class="axmoe-chart"></div><script>{bundle}{wait}</script>'}
+    failed = f'e=>{{document.getElementById("{name}").textContent="This chart failed: "+e}}'
+    # In a function of its own, so that its names are nobody else's.
+    wait = f'const draw=()=>{draw}.catch({failed});window.vegaEmbed?draw():window.addEventListener("load",draw)'
+    wait = f"(()=>{{{bundle}{wait}}})()"
+    return {"text/html": f'<div id="{name}" class="axmoe-chart"></div><script>{wait}</script>'}
 
 
 alt.renderers.register("axmoe", _html)
