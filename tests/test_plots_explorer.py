@@ -131,7 +131,7 @@ def test_figures_are_those_of_the_multiplier(rows, operands, values, name):
     row = next(row for row in rows if row["multiplier"] == name)
     power = f"{m.power_mw / multiplier('mul8s_1KV6').power_mw:.0%}"
     expected = [f"{uniform.mae:.1f}", f"{uniform.mean_error:+.2f}", str(uniform.wce), f"{uniform.ep:.1%} are wrong"]
-    expected += [power, "of exact, a proxy" if m.is_proxy else "of exact, published", str(row["rank"])]
+    expected += [power, "a proxy" if m.is_proxy else "published", str(row["rank"])]
     expected += [f"{row['top1']:.1%}"]
     assert {one.replace("-", MINUS) for one in expected} <= set(found)
     assert any(name == text.split("  =  ")[0] for text in found)

@@ -377,7 +377,7 @@ def _figures(data: alt.NamedData, *, real: str, measured: bool) -> alt.LayerChar
     )  # fmt: skip
     mine = alt.Chart(data).transform_filter("datum.multiplier==present")
     figures = [  # of what, what it is, its value, a note
-        (mine, "power", "format(datum.power,'.0%')", "'of exact, '+(datum.proxy?'a proxy':'published')"),
+        (mine, "power, of exact", "format(datum.power,'.0%')", "datum.proxy?'a proxy':'published'"),
         (mine, "exact rank", "format(datum.rank,'d')", "'ordinary product'+(datum.rank>1?'s':'')"),
         (means, "mean |error|", "format(datum.mae/65536,'.1f')", real_mean.format("mae", ".1f")),
         (means, "mean error (lean)", "format(datum.bias/65536,'+.2f')", real_mean.format("bias", "+.2f")),
