@@ -3,6 +3,7 @@
     theme          colours, the renderer, the sources that chapters show
     explorer       one multiplier under sliders, all that follows from it, computed in the page
     multipliers    what a multiplier gets wrong, and what it is made of
+    live           one multiplier in three pictures with fixed scales, for the explorer with a kernel
     layers         what a layer does to numbers: bytes, and sums of wrong products
     networks       what a network makes of it
     experts        who answers: mixtures, their load, and what approximation does to the choice
@@ -41,6 +42,7 @@ from axmoe_lite.plots.layers import (
     sum_errors,
 )
 from axmoe_lite.plots.learning import product_slopes, recovered, recovery_curves
+from axmoe_lite.plots.live import error_histogram, error_map_of, power_place
 from axmoe_lite.plots.multipliers import (
     error_maps,
     kept_cells,
@@ -80,6 +82,8 @@ __all__ = [
     "effort_bars",
     "energy_fronts",
     "error_bars",
+    "error_histogram",
+    "error_map_of",
     "error_maps",
     "executed_stored",
     "explorer",
@@ -104,6 +108,7 @@ __all__ = [
     "point_tiles",
     "pool_members",
     "power_error_front",
+    "power_place",
     "predictions",
     "product_slopes",
     "proxy_check",
