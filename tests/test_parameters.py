@@ -123,7 +123,7 @@ def test_a_chapter_has_many_names(monkeypatch, tmp_path):
 
 
 def test_what_is_no_chapter_is_told_what_there_is(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"'netwroks' is no chapter.*Did you mean '05_networks'\? There are 01_mult"):
+    with pytest.raises(ValueError, match=r"'netwroks' is no chapter.*Did you mean '05_networks'\? There are 00_expl"):
         find("netwroks")
     for name in ("99", "", ".", "/", "book", "README.md", "no/such.ipynb"):
         with pytest.raises(ValueError, match=f"'{name}' is no chapter and no notebook"):

@@ -7,6 +7,7 @@
     vit         Dosovitskiy et al., for Tiny ImageNet
     topology    upcycle: the same networks as Hard, Soft and Cluster mixtures of experts
     foreign     load_weights: timm's, torchvision's and the CIFAR zoo's files
+    yours       build_network: a network of yours from a Python file
     library     import_torchvision
 
 Layer names are those of the public checkpoints (the CIFAR model zoo's ``layer2.0.conv1`` and
@@ -28,6 +29,7 @@ from axmoe_lite.models.resnet import BasicBlock, PadShortcut, ResNet
 from axmoe_lite.models.topology import TOPOLOGIES, eligible, upcycle
 from axmoe_lite.models.vgg import VGG
 from axmoe_lite.models.vit import Matmul, ViT
+from axmoe_lite.models.yours import build_network
 
 __all__ = [
     "TOPOLOGIES",
@@ -40,6 +42,7 @@ __all__ = [
     "PadShortcut",
     "ResNet",
     "ViT",
+    "build_network",
     "eligible",
     "import_torchvision",
     "load_weights",

@@ -6,6 +6,7 @@
     families   broken arrays, truncation, DRUM, Mitchell, RoBA, PR and ROUP, skipping by the weight's value
     tuning     weights that suit a multiplier better than what they stand for, as ALWANN has it
     mosaic     several multipliers inside one layer: by filter, channel, row or column
+    files      tables and circuits of yours: .npy, .csv, .bin, C headers, EvoApproxLib's C; formats, circuit_c
     catalogue  multiplier("mul8s_1L2J"), multiplier("drum(4)"): names to multipliers
 
 Chapter: 01, "What does a cheap multiplier get wrong?"
@@ -23,6 +24,7 @@ from axmoe_lite.multipliers.families import (
     truncation,
     within,
 )
+from axmoe_lite.multipliers.files import pinned, read_bytes, read_table
 from axmoe_lite.multipliers.mosaic import Mosaic, mosaic_name
 from axmoe_lite.multipliers.price import proxy_leave_one_out, proxy_power_mw
 from axmoe_lite.multipliers.table import ErrorMetrics, Multiplier, errors, exact_table
@@ -44,9 +46,12 @@ __all__ = [
     "mosaic_name",
     "multiplier",
     "outside",
+    "pinned",
     "pr",
     "proxy_leave_one_out",
     "proxy_power_mw",
+    "read_bytes",
+    "read_table",
     "roba",
     "roup",
     "truncation",

@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 
-from axmoe_lite.multipliers import families
+from axmoe_lite.multipliers import families, files
 from axmoe_lite.multipliers.mosaic import Mosaic, parse_mosaic
 from axmoe_lite.multipliers.published import PUBLISHED
 from axmoe_lite.multipliers.table import Multiplier
@@ -42,17 +42,17 @@ PREFIXES = {
 }
 
 
-@functools.lru_cache(maxsize=512)
 def multiplier(name: str) -> Multiplier | Mosaic:
     """The multiplier of that name, or the mosaic of several.
 
     Args:
         name: an EvoApproxLib v2022 circuit (``"mul8s_1L2J"``), a family with its numbers
             (``"drum(4)"``, ``"broken_array(1,0,3)"``, ``"mitchell()"``), a circuit under its v1.x name
-            (``"v1:mul8s_1L2H"``), any of these with operands exchanged (``"swap:mul8s_1KVM"``) or under weights that
-            were tuned to it (``"tuned:mul8s_1L2L"``, see :func:`~axmoe_lite.multipliers.tuned`), or
-            several for one layer (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see
-            :func:`~axmoe_lite.multipliers.mosaic_name`).
+            (``"v1:mul8s_1L2H"``), a table or circuit of yours (``"file:mine.npy"``, see
+            :func:`~axmoe_lite.multipliers.read_table`), any of these with operands exchanged
+            (``"swap:mul8s_1KVM"``) or under weights that were tuned to it (``"tuned:mul8s_1L2L"``, see
+            :func:`~axmoe_lite.multipliers.tuned`), or several for one layer
+            (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see :func:`~axmoe_lite.multipliers.mosaic_name`).
 
     Raises:
         ValueError: for a name that does not exist; the message names the nearest that does.
@@ -68,6 +68,16 @@ def multiplier(name: str) -> Multiplier | Mosaic:
     """
     if not isinstance(name, str):
         raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} is a {type(name).__name__}.")
+    if "\0" in name:
+        raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} has a character of no file.")
+    return _made(name, tuple(map(files.named, files.files_in(name))))
+
+
+@functools.lru_cache(maxsize=512)
+def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
+    """``read``: what the files in the name hold at this call, so that a changed file makes another multiplier."""
+    if name.startswith("file:"):
+        return read[0]
     if (mosaic := parse_mosaic(name)) is not None:
         known, places = mosaic
         return Mosaic(name, tuple(multiplier(one) for one in known), places)
@@ -116,5 +126,6 @@ def _unknown(name: str) -> str:
     near = next((form for form in forms if form.startswith(f"{near}(")), near)
     return (
         f"No multiplier is called {name!r}. Did you mean {near!r}? There are {', '.join(EVOAPPROX)}, the families"
-        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', and 'swap:' or 'tuned:' before any of them."
+        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', files of yours as 'file:mine.npy', and 'swap:' or 'tuned:'"
+        " before any of them."
     )

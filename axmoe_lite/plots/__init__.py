@@ -22,7 +22,7 @@
     granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
 
-Chapters: 00 to 19.
+Chapters: 00 to 21.
 """
 
 from axmoe_lite.plots.claims import effects, verdicts

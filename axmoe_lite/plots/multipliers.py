@@ -4,17 +4,23 @@ Chapters: 01, "What does a cheap multiplier get wrong?", and 02, "Why is an appr
 """
 
 import itertools
+import re
+from collections.abc import Sequence
 
 import altair as alt
 import pandas as pd
 
 from axmoe_lite.factors import factorise
-from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, errors, exact_table, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, Multiplier, errors, exact_table, multiplier
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SIGNED, SKY
 
+STAR = "M0,-1L.23,-.33L.94,-.33L.36,.11L.59,.8L0,.37L-.59,.8L-.36,.11L-.94,-.33L-.25,-.33Z"
 
-def error_maps(names: list[str]) -> alt.ConcatChart:
+
+def error_maps(names: Sequence[str | Multiplier]) -> alt.ConcatChart:
     """Error maps of several multipliers side by side, each cell the mean error of 8 x 8 operand pairs.
+
+    Names and multipliers will do.
 
     Each map has its own colour range, in parts of its largest cell, so that the pattern shows; how large
     that is stands above it.
@@ -23,7 +29,8 @@ def error_maps(names: list[str]) -> alt.ConcatChart:
     numbers = alt.CsvDataFormat(type="csv", parse=dict.fromkeys(("a", "b", "share"), "number"))
     axis = alt.Axis(values=[-128, 0, 127], grid=False)
     for name in names:
-        table = (multiplier(name).table - exact_table()).double()
+        found = name if isinstance(name, Multiplier) else multiplier(name)
+        table = (found.table - exact_table()).double()
         means = table.unflatten(0, (-1, side)).unflatten(2, (-1, side)).mean((1, 3))
         top = float(means.abs().max())
         cells = ((i * side - 128, j * side - 128, v) for i, row in enumerate(means.tolist()) for j, v in enumerate(row))
@@ -45,15 +52,25 @@ def error_maps(names: list[str]) -> alt.ConcatChart:
                     legend=alt.Legend(orient="bottom", gradientLength=320, titleLimit=400),
                 ),
             )
-            .properties(width=160, height=160, title=alt.Title(name, subtitle=f"up to {top:.0f}", fontSize=13))
+            .properties(
+                width=160, height=160, title=alt.Title(_short(found.name), subtitle=f"up to {top:.0f}", fontSize=13)
+            )
         )
     return alt.concat(*maps, columns=3, spacing=8).resolve_scale(color="shared")
 
 
-def power_error_front() -> alt.LayerChart:
+def _short(name: str) -> str:
+    """A multiplier's name; of one from a file the file's alone, without its folders and options."""
+    return re.sub(r"file:(?:[^,\]]*/)?([^@,\]]*)[^,\]]*", r"\1", name)
+
+
+def power_error_front(mine: Multiplier | None = None) -> alt.LayerChart:
     """Mean absolute error against power: the thirteen circuits, and families around them.
 
     Hollow marks have a proxy for their power (see :mod:`axmoe_lite.multipliers.price`).
+
+    Args:
+        mine: one more, drawn as a star with its name, if its power is known and it errs at all.
     """
     names = [f"broken_array({a},{b},{v})" for a, b, v in itertools.product(range(5), range(5), range(0, 9, 2))]
     names += [f"drum({k})" for k in range(3, 8)] + ["mitchell()", "roba()"]
@@ -106,9 +123,13 @@ def power_error_front() -> alt.LayerChart:
         )
         .encode(text="short:N")
     )
-    return (points.add_params(pick) + labels).properties(
-        width=480, height=340, title="Cheaper means more wrong, but some are better bargains"
-    )
+    front = points.add_params(pick) + labels
+    if mine is not None and mine.power_mw is not None and errors(mine).mae > 0:
+        row = {"name": _short(mine.name), "power_mw": mine.power_mw, "mae": errors(mine).mae}
+        at = alt.Chart(pd.DataFrame([row])).encode(x="power_mw:Q", y="mae:Q")
+        star = at.mark_point(shape=STAR, size=160, filled=True, color="black", opacity=1).encode(tooltip=[*row])
+        front += star + at.mark_text(dx=12, align="left", fontSize=13, fontWeight="bold").encode(text="name:N")
+    return front.properties(width=480, height=340, title="Cheaper means more wrong, but some are better bargains")
 
 
 def proxy_check(leave_one_out: dict[str, float]) -> alt.Chart:

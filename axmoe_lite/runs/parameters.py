@@ -15,7 +15,6 @@ Chapter: 10, "Can a hundred runs be trusted?"
 
 import ast
 import difflib
-import functools
 import io
 import itertools
 import json
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from axmoe_lite.multipliers import multiplier
+from axmoe_lite.multipliers import multiplier, pinned
 from axmoe_lite.runs.notebooks import chapters, find, load, no_book
 from axmoe_lite.runs.words import Value, entries, split, typed, unquoted, word, words
 
@@ -73,6 +72,9 @@ class Parameter:
     def check(self, value: Value) -> Value:
         """The value in the parameter's own type, if it can be that.
 
+        A multiplier from a file (``file:mine.npy``) gets its whole path and its table's digest, so that a run in
+        another folder finds it, and a changed file is another run.
+
         Raises:
             ValueError: for another type, or a value that the braces do not allow; names the nearest that they do.
         """
@@ -98,7 +100,7 @@ class Parameter:
             raise ValueError(f"{self.name} is {given!r}; it needs {needed}{limits and ', '}{limits}.")
         if self.allowed == "multiplier":
             try:
-                _known_multiplier(value)
+                multiplier(value := pinned(value))
             except ValueError as unknown:
                 raise ValueError(f"{self.name}: {unknown}") from None
         elif span := _RANGE.fullmatch(self.allowed):
@@ -141,11 +143,6 @@ class Parameter:
                 " default's type, a range {0..9} or {0..} of numbers, or the word {multiplier}."
             )
         self.check(self.default)
-
-
-@functools.cache  # a name that is unknown raises, and is asked for again
-def _known_multiplier(name: str) -> None:
-    multiplier(name)
 
 
 def parameters(notebook: str | Path | dict) -> dict[str, Parameter]:
@@ -395,7 +392,7 @@ def listing(*, width: int = 110) -> str:
     if not chapters():
         raise ValueError(f"{no_book()} Work in a checkout of the repository.")
     blocks = [_block(path, width) for path in chapters()]
-    return "\n\n".join([*blocks, "{multiplier}: any name axmoe_lite.multiplier() knows, drum(4) for example"])
+    return "\n\n".join([*blocks, "{multiplier}: any name axmoe_lite.multiplier() knows: drum(4), file:mine.npy"])
 
 
 def _block(path: Path, width: int) -> str:
