@@ -11,7 +11,7 @@ Accuracy lies in [0, 1]; units are suffixes (power_mw, delay_ns).
 The modules, each importing only those before it:
 
     paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs claims
-    search explore bench plots widgets doctor book __main__
+    search explore verify bench plots widgets doctor book __main__
 """
 
 __version__ = "0.1.0"

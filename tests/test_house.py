@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "axmoe_lite"
 STAIRCASE = (  # noqa: SIM905
     "paths multipliers factors kernels quant layers pipeline moe models datasets train cost study runs claims search"
-    " explore bench plots widgets doctor book __main__"
+    " explore verify bench plots widgets doctor book __main__"
 ).split()
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 

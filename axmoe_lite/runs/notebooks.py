@@ -34,7 +34,7 @@ def find(chapter: str | Path) -> Path:
     asked, there = str(chapter), chapters()
     for path in there:
         number, _, name = path.stem.partition("_")
-        if asked in (number, number.lstrip("0"), name, path.stem):
+        if asked in (number, number.lstrip("0") or "0", name, path.stem):
             return path
     for path in (Path(asked).expanduser(), paths.book_dir().parent / asked, paths.book_dir() / asked):
         if path.suffix == ".ipynb" and path.is_file():
