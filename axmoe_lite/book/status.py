@@ -22,13 +22,13 @@ def status_page(works: dict[Path, Work]) -> str:
     Args:
         works: the run that each chapter shows, see :func:`axmoe_lite.book.execute.work_of`.
     """
-    lines = [_written(), "| chapter | state | executed (UTC) | seconds | memory (MB) | threads | commit |"]
-    lines += ["|---|---|---|--:|--:|--:|---|"]
+    lines = [_written(), "| chapter | executed (UTC) | seconds | memory, MB | threads | commit |"]
+    lines += ["|---|---|--:|--:|--:|---|"]
     for notebook, work in works.items():
         ended = store.outcome(work.run)
         made_by = store.read_json(work.run.folder / "run.json").get("commit") or "unknown"
         when, seconds = str(ended.get("started", ""))[:16].replace("T", " "), float(ended.get("seconds", 0))
-        cells = [f"{{doc}}`{notebook.stem}`", ended.get("state", "not executed"), when, f"{seconds:.0f}"]
+        cells = [f"{{doc}}`{notebook.stem} <{notebook.stem}>`", when, f"{seconds:.0f}"]
         cells += [f"{float(ended.get('peak_mb') or 0):.0f}", str(work.threads), f"`{made_by}`"]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)

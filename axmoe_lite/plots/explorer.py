@@ -25,7 +25,7 @@ LABELS = {"broken_array": "broken array", "drum": "DRUM", "roup": "ROUP", "picks
 TILE = 4  # operand values along the side of one drawn cell
 OTHERS = "#c4c4c4"  # catalogue marks behind the present one
 _ALIAS = {name_of("broken_array", dict(zip(KNOBS["broken_array"], p.drops, strict=True))): p.name for p in PUBLISHED}
-_SLOT = 116  # width of one figure
+_SLOT = 108  # width of one figure
 _MARGIN = 54  # what the axes of the charts below take: the figures begin left of it
 
 
@@ -357,7 +357,7 @@ def _histogram(real: str) -> alt.Chart:
                      alt.Tooltip("least:Q", title="errors from"), alt.Tooltip("most:Q", title="to")],
         )
     )  # fmt: skip
-    return bars.properties(width=300, height=256, title=alt.Title("How often, and how far?", fontSize=13))
+    return bars.properties(width=256, height=256, title=alt.Title("How often, and how far?", fontSize=13))
 
 
 def _figures(data: alt.NamedData, *, real: str, measured: bool) -> alt.LayerChart:
@@ -378,9 +378,9 @@ def _figures(data: alt.NamedData, *, real: str, measured: bool) -> alt.LayerChar
     mine = alt.Chart(data).transform_filter("datum.multiplier==present")
     figures = [  # of what, what it is, its value, a note
         (mine, "power, of exact", "format(datum.power,'.0%')", "datum.proxy?'a proxy':'published'"),
-        (mine, "exact rank", "format(datum.rank,'d')", "'ordinary product'+(datum.rank>1?'s':'')"),
+        (mine, "exact rank", "format(datum.rank,'d')", "'exact product'+(datum.rank>1?'s':'')"),
         (means, "mean |error|", "format(datum.mae/65536,'.1f')", real_mean.format("mae", ".1f")),
-        (means, "mean error (lean)", "format(datum.bias/65536,'+.2f')", real_mean.format("bias", "+.2f")),
+        (means, "lean (mean)", "format(datum.bias/65536,'+.2f')", real_mean.format("bias", "+.2f")),
         (means, "worst |error|", "format(datum.worst,'d')", "format(datum.wrong/65536,'.1%')+' are wrong'"),
         (mine, "network's top-1", "format(datum.top1,'.1%')", "'of the test images'"),
     ]
@@ -438,7 +438,7 @@ def _place(what: str, data: alt.NamedData) -> alt.LayerChart:
     point = mine.mark_point(size=130, filled=True, color=RED, stroke="white", opacity=1)
     title = {"mae": "What does it save?", "top1": "Does the network care?"}[what]
     return alt.layer(all_rows, family, point).properties(
-        width={"mae": 256, "top1": 300}[what],
+        width={"mae": 256, "top1": 256}[what],
         height=200,
         title=alt.Title(title, fontSize=13, subtitle="Red: this one. Blue: its family. Grey: all the others."),
     )
