@@ -209,6 +209,11 @@ def test_batch_norm_without_relu_gives_signed_codes(x):
     check(nn.Sequential(conv(), conv(), conv()), x, MANY)
 
 
+def test_batch_norms_epsilon_is_folded_in(x):
+    # Variances lie in 0.5..1.5: without an epsilon this large, values would be 1.15 to 1.4 times what they are.
+    check(nn.Sequential(conv(), nn.BatchNorm2d(4, eps=0.5), nn.ReLU(), conv(4, 3)), x, same=False)
+
+
 def test_negative_gains_and_scales_for_each_channel(x):
     network = settle(nn.Sequential(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.ReLU(), conv()))
     network[1].weight.data.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.0]))

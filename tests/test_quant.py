@@ -12,12 +12,19 @@ def test_rounding_is_half_to_even_and_clips_at_127():
 
 
 def test_scale_multiplies_by_the_reciprocal():
-    # The law says x * float32(1 / s). 1 / 0.1f rounds to 10, so 0.25 is 2.5 and becomes 2; dividing gives the same
-    # here, but a value is searched for which the two orders differ, to show that the law is the one followed.
+    # The law says x * float32(1 / s). Halfway between two codes the last bit decides, and there a division differs.
     scale = torch.tensor(0.0237)
-    x = (torch.arange(-3000, 3001).float() + 0.5) * scale / 24
-    by_law = torch.round(x * (1 / scale)).clamp(-127, 127).to(torch.int8)
-    assert torch.equal(quantise(x, scale), by_law)
+    x = (torch.arange(-126, 126).float() + 0.5) * scale
+    by_law, divided = (torch.round(found).to(torch.int8) for found in (x * (1 / scale), x / scale))
+    assert torch.equal(quantise(x, scale), by_law) and not torch.equal(by_law, divided)
+
+
+def test_a_scale_for_each_channel_is_the_same_law_row_by_row():
+    scales = torch.tensor([0.0237, 1.0, 3.0])
+    x = torch.tensor([-9.0, -2.5, -0.5, 0.0118, 0.5, 1.5, 2.6, 126.5, 500.0]).expand(3, -1)
+    rows = torch.stack([quantise(row, scale) for row, scale in zip(x, scales, strict=True)])
+    assert torch.equal(quantise(x, scales[:, None]), rows)
+    assert rows[1].tolist() == [-9, -2, 0, 0, 0, 2, 3, 126, 127]
 
 
 def test_there_and_back_is_within_half_a_step():

@@ -86,7 +86,10 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     store.write_json(path, {"a": 1})
 
-    def full(*_):
+    write = Path.write_bytes
+
+    def full(file, content):
+        write(file, content[: len(content) // 2])  # as much as there is room for
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -1,6 +1,7 @@
 """Training learns, repeats itself exactly, resumes where it was killed, and loads only what fits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -270,6 +271,17 @@ def test_calibration_reaches_experts_that_no_image_reaches(textures, hard):
         approximate(hard, "mul8s_1KV6", calibration=textures.normalised(textures.x_train[:8]))
     train.calibrate(hard, "mul8s_1KV6", textures, n=8)
     assert all(layer.calibrated for layer in hard.modules() if hasattr(layer, "calibrated"))
+
+
+def test_calibration_sees_training_images_only(textures, network):
+    def scales(images):
+        train.calibrate(network, "mul8s_1KV6", images, n=32)
+        return torch.stack([layer.scale_x for layer in network.modules() if hasattr(layer, "scale_x")])
+
+    black = torch.zeros_like
+    seen = scales(textures)
+    assert torch.equal(scales(replace(textures, x_test=black(textures.x_test))), seen)
+    assert not torch.equal(scales(replace(textures, x_train=black(textures.x_train))), seen)
 
 
 @pytest.mark.parametrize("by", ["features", "classes"])
