@@ -8,6 +8,8 @@ import torch
 from axmoe_lite import datasets
 from axmoe_lite.runs import rehearsal
 
+pytest_plugins = ["trust"]
+
 
 def pytest_configure(config):
     """Test processes side by side share the cores: two pools of threads on the same cores wait for each other."""
