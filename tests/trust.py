@@ -90,9 +90,6 @@ class Tally:
 
             seed = session.config.getoption("hypothesis_seed")
             told = runs.evidence(0, scale="paper", seed=int(seed), epochs=0)
-            rows = [
-                {**row, "seconds": round(row["seconds"], 2), "python": sys.version.split()[0]}
-                for row in self.rows.values()
-            ]
+            rows = [row | told | {"seconds": round(row["seconds"], 2)} for row in self.rows.values()]
             command = "python -m pytest --numprocesses 2 --dist loadfile --record-trust"
             runs.record(STUDY, rows, key=KEY, about=ABOUT, made_by=command)
