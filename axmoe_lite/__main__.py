@@ -5,7 +5,7 @@
     axmoe sweep 05_networks seed=0,1,2 --workers 2      every combination, each once
     axmoe collect                                       one table of what the runs recorded
     axmoe compare A B                                   two sets of results, paired
-    axmoe verify                                        some committed rows, measured again
+    axmoe verify                                        fast paths against the law, some committed rows measured again
     axmoe book                                          execute what changed, build the pages
     axmoe bench                                         speed against float32, on this machine
     axmoe doctor                                        what this machine has, what is missing, what to do
@@ -83,10 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("b", metavar="B", help="the same")
     compare.add_argument("--by", default="", help="columns that pair the rows (default: the study's key)")
     compare.add_argument("--values", default="", help="columns to compare (default: top1, or all that were measured)")
-    verify = command("verify", "measure some committed rows again, and compare")
+    verify = command("verify", "compare fast paths with the law, and measure some committed rows again")
     verify.add_argument("studies", nargs="*", help="only of these (default: all that fit this machine)")
     verify.add_argument("--n", type=int, default=5, help="how many rows (default: 5)")
-    verify.add_argument("--seed", type=int, default=0, help="of the draw")
+    verify.add_argument("--cases", type=int, default=210, help="compared with the law before that (default: 210)")
+    verify.add_argument("--seed", type=int, default=0, help="of both draws")
     book = command("book", "execute every chapter that changed, then build the HTML pages")
     book.add_argument("--scale", choices=("quick", "paper"), default="quick", help="quick: minutes, offline (default)")
     book.add_argument("--workers", type=int, help="chapters at a time (default: one a core)")
@@ -159,13 +160,16 @@ def _compare(chosen: argparse.Namespace) -> int:
 
 
 def _verify(chosen: argparse.Namespace) -> int:
-    """Each row as soon as it is measured; what cannot be measured here, and why, at the end."""
+    """The paths; each row as soon as it is measured; what cannot be measured here, and why, at the end."""
     from tqdm.auto import tqdm
 
     from axmoe_lite import verify
 
-    agree = True
-    for checked in verify.verify(chosen.studies, n=chosen.n, seed=chosen.seed):
+    rows = verify.verify(chosen.studies, n=chosen.n, seed=chosen.seed)  # refuses before anything is computed
+    paths = verify.against_the_law(chosen.cases, seed=chosen.seed, progress=True)
+    print(verify.report_paths(paths))
+    agree = not any(path["differing"] for path in paths)
+    for checked in rows:
         tqdm.write(verify.report(checked))
         agree &= all(one.agrees for one in checked)
     for name, reason in verify.possible(chosen.studies)[1].items():

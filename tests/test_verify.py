@@ -5,8 +5,9 @@ import dataclasses
 import shutil
 
 import pytest
+import torch
 
-from axmoe_lite import paths, runs, verify
+from axmoe_lite import kernels, paths, runs, verify
 from axmoe_lite.__main__ import main
 
 
@@ -93,3 +94,65 @@ def test_the_command_fails_where_a_row_differs(committed, capsys):
     assert main(["verify", "explorer_resnet8_digits", "--n", "1"]) == 1
     told = "".join(capsys.readouterr())
     assert f"DIFFERS       explorer_resnet8_digits [{name}] rank: 77, again" in told
+
+
+# ---------------------------------------------------------------------------------------- against the law
+
+
+@pytest.mark.trust("law", "all paths in turn, as `axmoe verify` draws them")
+def test_every_path_equals_the_law(record_property):
+    rows = verify.against_the_law(700, seed=11)
+    assert [row["path"] for row in rows] == list(verify.WAYS) and {row["cases"] for row in rows} == {100}
+    assert [row["first"] for row in rows if row["differing"]] == []
+    assert all(row["products"] > 10_000 for row in rows)
+    record_property("cases", sum(row["cases"] for row in rows))
+
+
+def _swapped(a, b, m):
+    return kernels.matmul(b.T, a.T, m, path="reference").T
+
+
+def _late(a, b, m):
+    return kernels.matmul(a[:, 1:], b[1:], m, path="reference") if a.shape[1] > 1 else a.new_zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "multipliers", "least"),
+    [
+        (_late, ["mul8s_1KV6"], 30),  # the first product left out; with one, the shape is wrong
+        (_swapped, ["broken_array(2,0,0)"], 30),  # which drops two bits of the activation only
+        (lambda a, b, m: kernels.matmul(a, b, m, path="reference") + 1, None, 40),
+    ],
+)
+def test_a_wrong_product_is_found_and_the_case_is_named(wrong, multipliers, least):
+    (row,) = verify.against_the_law(40, product=wrong, multipliers=multipliers)
+    assert row["path"] == "yours" and row["differing"] >= least and "M x K x N" in row["first"]
+
+
+def test_a_symmetric_table_cannot_see_swapped_operands():
+    assert verify.against_the_law(40, product=_swapped, multipliers=["mul8s_1KV6"])[0]["differing"] == 0
+
+
+def test_other_integers_and_floats_are_compared_by_value():
+    for dtype in (torch.int64, torch.float32):  # sums below 2^24: at most 33 products of 2^14
+        (row,) = verify.against_the_law(
+            40, product=lambda a, b, m, d=dtype: kernels.matmul(a, b, m).to(d), multipliers=["mul8s_1KV6"]
+        )
+        assert row["differing"] == 0
+
+
+def test_the_command_fails_where_a_path_differs(monkeypatch, capsys):
+    matmul = kernels.matmul
+    monkeypatch.setattr(kernels, "matmul", lambda a, b, m, **options: matmul(a, b, m, **options) + (a.shape[1] == 23))
+    assert main(["verify", "claims", "--n", "1"]) == 1
+    told = capsys.readouterr().out
+    assert "DIFFERS in" in told and " x 23 x " in told and "as the law    convolution, factored: 30 cases" in told
+
+
+def test_no_cases_or_an_unknown_multiplier_is_refused(capsys):
+    assert main(["verify", "claims", "--cases", "0"]) == 2
+    assert "at least one case" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="mul8s_1KV7"):
+        verify.against_the_law(1, multipliers=["mul8s_1KV7"])
+    with pytest.raises(ValueError, match="multipliers is empty"):
+        verify.against_the_law(1, multipliers=[])

@@ -21,8 +21,9 @@
     stages         seconds of layers foretold and measured, what a pipeline gains, who works when
     granularity    how fine a choice is, and which search finds it with how many networks
     claims         a ledger of claims: comparisons, intervals, verdicts
+    trust          what the tests have tried, bugs planted, memory under load
 
-Chapters: 00 to 21.
+Chapters: 00 to 22.
 """
 
 from axmoe_lite.plots.claims import effects, verdicts
@@ -61,6 +62,7 @@ from axmoe_lite.plots.speed import speed_bars, speed_scaling
 from axmoe_lite.plots.stages import error_bars, foretold_times, gain_bars, stage_gantt, ways_bars
 from axmoe_lite.plots.study import coverage_chart, fronts, heat_map, recovery, resilience_curves
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
+from axmoe_lite.plots.trust import planted, tried
 
 __all__ = [
     "accuracy_cost",
@@ -104,6 +106,7 @@ __all__ = [
     "number_grid",
     "pareto",
     "places_map",
+    "planted",
     "point_accuracy",
     "point_tiles",
     "pool_members",
@@ -131,6 +134,7 @@ __all__ = [
     "theme",
     "timeline",
     "tolerance_bars",
+    "tried",
     "verdicts",
     "ways_bars",
     "weight_tuning",

@@ -1,0 +1,96 @@
+"""What is known of the tests: cases by what they tried, bugs planted, memory under load.
+
+Chapter: 22, "How do you know?"
+"""
+
+import altair as alt
+import pandas as pd
+
+from axmoe_lite.plots.theme import BLUE, GREY, RED, check_evidence
+
+_KINDS = {
+    "law": "a fast path equals the slow one",
+    "rule": "a known change has a known effect",
+    "input": "something broken from outside",
+    "fault": "something breaks under way",
+    "load": "much of it",
+}
+_ENDED = {"all passed": BLUE, "some failed": RED, "skipped where recorded": GREY}
+_ROOMS = ("multipliers", "factors", "kernels", "quant", "layers", "pipeline", "moe", "models", "datasets", "train")
+_ROOMS += ("cost", "study", "runs", "claims")
+
+
+def tried(rows: list[dict]) -> alt.Chart:
+    """A dot for each thing that the tests try, at the number of cases (log scale); one panel a kind.
+
+    Args:
+        rows: of the study ``trust``, as :func:`axmoe_lite.runs.read` returns them.
+
+    Raises:
+        ValueError: for rows without evidence, or a kind that is not known.
+    """
+    check_evidence(rows, "what")
+    table = pd.DataFrame(rows).astype({"cases": int, "tests": int, "failed": int, "skipped": int})
+    if unknown := sorted(set(table["kind"]) - set(_KINDS)):
+        raise ValueError(f"There are rows of the kind {unknown[0]!r}; there are {', '.join(_KINDS)}.")
+    table["ended"] = "all passed"
+    table.loc[table["skipped"] == table["tests"], "ended"] = "skipped where recorded"
+    table.loc[table["failed"] > 0, "ended"] = "some failed"
+    table["of"] = table["kind"].map(_KINDS)
+    table["drawn"] = table["cases"].clip(lower=1)  # a logarithm has no place for none
+    ended = [name for name in _ENDED if (table["ended"] == name).any()]
+    line = alt.Chart(table).encode(
+        x=alt.X(
+            "drawn:Q", scale=alt.Scale(type="log", domainMin=1), title="cases (log scale)", axis=alt.Axis(format="~s")
+        ),
+        y=alt.Y("what:N", title=None, sort="-x", axis=alt.Axis(labelLimit=420)),
+        color=alt.Color("ended:N", scale=alt.Scale(domain=ended, range=[_ENDED[e] for e in ended]), title=None),
+        tooltip=["what", "cases", "tests", "failed", "skipped", "seconds", "commit", "date"],
+    )
+    stems = line.mark_rule(strokeWidth=1.5).encode(x2=alt.datum(1))
+    return (
+        (stems + line.mark_point(filled=True, size=60, opacity=1))
+        .properties(width=260, height={"step": 17})
+        .facet(
+            row=alt.Row(
+                "of:N",
+                title=None,
+                sort=[*_KINDS.values()],
+                header=alt.Header(labelAngle=0, labelAlign="left", labelOrient="top"),
+            )
+        )
+        .resolve_scale(y="independent")
+    )
+
+
+def planted(rows: list[dict]) -> alt.Chart:
+    """A dot for each bug that was planted, filled if a test caught it; a row for each part of the package.
+
+    Args:
+        rows: of the study ``mutations``, as :func:`axmoe_lite.runs.read` returns them.
+
+    Raises:
+        ValueError: for rows without evidence.
+    """
+    check_evidence(rows, "name")
+    table = pd.DataFrame(rows)
+    table["part"] = [file.split("/")[1].removesuffix(".py") for file in table["file"]]
+    table["became"] = ["caught" if test else "survived" for test in table["caught_by"]]
+    table = table.sort_values(["part", "became"])
+    table["place"] = table.groupby("part").cumcount() + 1
+    order = [room for room in _ROOMS if room in set(table["part"])] + sorted(set(table["part"]) - set(_ROOMS))
+    colors = alt.Scale(domain=["caught", "survived"], range=[BLUE, RED])
+    return (
+        alt.Chart(table)
+        .mark_point(size=150, strokeWidth=2)
+        .encode(
+            x=alt.X("place:Q", title="bugs planted", axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y("part:N", title=None, sort=order),
+            color=alt.Color("became:N", scale=colors, title=None),
+            fill=alt.Fill(
+                "became:N", scale=alt.Scale(domain=["caught", "survived"], range=[BLUE, "white"]), legend=None
+            ),
+            tooltip=[alt.Tooltip("what", title="bug"), alt.Tooltip("caught_by", title="caught by"), "seconds", "file"],
+        )
+        .properties(width=420, height={"step": 24})
+    )
