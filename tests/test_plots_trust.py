@@ -53,3 +53,17 @@ def test_bugs_stand_in_their_part_of_the_package_in_the_order_of_the_house():
     assert chart.to_dict()["encoding"]["y"]["sort"] == ["cost", "runs", "book"]
     with pytest.raises(ValueError, match="A row for 'cost.py' lacks date"):
         plots.planted([{**bug("cost.py"), "date": ""}])
+
+
+def held(what: str, at: int, memory_mb: float) -> dict:
+    return {"what": what, "at": str(at), "memory_mb": str(memory_mb), "handles": "9", "threads": "3", "children": "0"}
+
+
+def test_what_is_held_is_a_line_for_each_load_from_zero():
+    rows = [held("runs", 100, 512.5) | ORIGIN, held("runs", 200, 513.0) | ORIGIN, held("rows", 10**6, 700.0) | ORIGIN]
+    chart = plots.soak(rows)
+    drawn = {(r["of"], r["at"]): r["held"] for r in chart.data.to_dict("records")}
+    assert drawn["memory, MB", 100] == 512.5 and drawn["open files", 200] == 9 and len(drawn) == 8  # rows: only once
+    assert chart.to_dict()["spec"]["encoding"]["y"]["scale"] == {"zero": True}
+    with pytest.raises(ValueError, match="nothing that was measured twice"):
+        plots.soak(rows[2:])

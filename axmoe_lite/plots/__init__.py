@@ -62,7 +62,7 @@ from axmoe_lite.plots.speed import speed_bars, speed_scaling
 from axmoe_lite.plots.stages import error_bars, foretold_times, gain_bars, stage_gantt, ways_bars
 from axmoe_lite.plots.study import coverage_chart, fronts, heat_map, recovery, resilience_curves
 from axmoe_lite.plots.theme import javascript_bundle, source, theme
-from axmoe_lite.plots.trust import planted, tried
+from axmoe_lite.plots.trust import planted, soak, tried
 
 __all__ = [
     "accuracy_cost",
@@ -125,6 +125,7 @@ __all__ = [
     "searched_fronts",
     "sensitivities",
     "shared_terms",
+    "soak",
     "source",
     "speed_bars",
     "speed_scaling",

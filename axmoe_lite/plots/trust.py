@@ -94,3 +94,39 @@ def planted(rows: list[dict]) -> alt.Chart:
         )
         .properties(width=420, height={"step": 24})
     )
+
+
+_HELD = {"memory_mb": "memory, MB", "handles": "open files", "threads": "threads", "children": "processes started"}
+
+
+def soak(rows: list[dict]) -> alt.Chart:
+    """What a process holds on to, ten times on the way through many runs, and through many rounds inside one process.
+
+    Args:
+        rows: of the study ``soak``, as :func:`axmoe_lite.runs.read` returns them; those that were measured only once,
+            such as the collector's, are left out.
+
+    Raises:
+        ValueError: for rows without evidence, or if nothing was measured twice.
+    """
+    check_evidence(rows, "what")
+    table = pd.DataFrame(rows)
+    table = table[table.groupby("what")["at"].transform("count") > 1]
+    if table.empty:
+        raise ValueError("soak() was given nothing that was measured twice; a line needs two points.")
+    kept = ["what", "at", *_HELD, "commit", "date", "device"]
+    long = table[kept].melt(["what", "at", "commit", "date", "device"], var_name="of", value_name="held")
+    long = long.astype({"at": int, "held": float}).replace({"of": _HELD})
+    return (
+        alt.Chart(long)
+        .mark_line(point=alt.OverlayMarkDef(size=45), strokeWidth=2)
+        .encode(
+            x=alt.X("at:Q", title="runs, or rounds"),
+            y=alt.Y("held:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1, tickCount=4)),
+            color=alt.Color("what:N", title=None),
+            tooltip=["what", "at", "of", "held", "commit", "date", "device"],
+        )
+        .properties(width=210, height=110)
+        .facet(facet=alt.Facet("of:N", title=None, sort=[*_HELD.values()]), columns=2)
+        .resolve_scale(y="independent")
+    )
