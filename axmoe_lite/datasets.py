@@ -17,10 +17,10 @@ Chapter: 05, "What happens to a network?"
 
 import difflib
 import io
+import math
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from axmoe_lite import paths
 from axmoe_lite.models import import_torchvision
 
 KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
+PACKED = 100  # images of an archive are rarely packed to a tenth; what unpacks to so many times its size is a trap
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +282,33 @@ def _convert_tiny_imagenet(source: Path, path: Path) -> None:
             f"Tiny ImageNet is not at {path}. Download http://cs231n.stanford.edu/{source.name} (237 MB) to"
             f" {source} and call again: it is converted once. Without a network, digits() and synthetic() work."
         )
+    if not source.is_file():
+        raise ValueError(f"{source} is a folder or a device; the official zip is needed there.")
+    try:
+        arrays = _tiny_imagenet_arrays(source)
+    except Exception as reason:  # a damaged zip, text or photograph can raise almost anything
+        raise ValueError(
+            f"{source} cannot be read as Tiny ImageNet: {reason or type(reason).__name__}. It is damaged or incomplete;"
+            " delete it, then download it again."
+        ) from reason
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        np.savez(finished := Path(folder) / path.name, **arrays)
+        os.replace(finished, path)
+
+
+def _tiny_imagenet_arrays(source: Path) -> dict[str, np.ndarray]:
+    """What :func:`read_npz` reads; nothing is unpacked but the texts and photographs, each of its proper size."""
     from PIL import Image  # comes with torchvision
 
     with zipfile.ZipFile(source) as archive:
+        _check_packed(source, archive.infolist())
+
+        def picture(name: str) -> np.ndarray:
+            with Image.open(io.BytesIO(archive.read(name)), formats=["JPEG"]) as opened:
+                if opened.size != (64, 64):  # before it is decoded
+                    raise ValueError(f"{name} has {opened.size} pixels, not 64 x 64")
+                return np.asarray(opened.convert("RGB"))
+
         top = "tiny-imagenet-200/"
         ids = archive.read(f"{top}wnids.txt").decode().split()
         called = dict(line.split("\t", 1) for line in archive.read(f"{top}words.txt").decode().splitlines())
@@ -295,12 +320,9 @@ def _convert_tiny_imagenet(source: Path, path: Path) -> None:
             files["test"].append((f"{top}val/images/{line.split(chr(9))[0]}", line.split("\t")[1]))
         arrays: dict = {"classes": np.array([called.get(i, i) for i in ids])}
         for split, named in files.items():
-            pictures = (Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name, _ in named)
-            arrays[f"x_{split}"] = np.stack([np.asarray(picture) for picture in pictures])
             arrays[f"y_{split}"] = np.array([ids.index(i) for _, i in named], np.int64)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        np.savez(finished := Path(folder) / path.name, **arrays)
-        os.replace(finished, path)
+            arrays[f"x_{split}"] = np.stack([picture(name) for name, _ in named])
+    return arrays
 
 
 def read_npz(path: Path | str) -> Images:
@@ -317,13 +339,12 @@ def read_npz(path: Path | str) -> Images:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No image set at {path}; a .npz file with the keys {', '.join(KEYS)} is needed.")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is a folder or a device; an image set is read from a plain .npz file.")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [key for key in KEYS if key not in archive.files]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)} (its keys: {', '.join(archive.files) or 'none'})")
-            raw = {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, AttributeError) as reason:
+        raw = _arrays(path)
+        classes = tuple(str(c) for c in raw["classes"].flat)  # numpy's text may hold what is no letter
+    except Exception as reason:  # a damaged archive can raise almost anything
         raise ValueError(
             f"{path} cannot be read as an image set: {reason}. It is damaged or incomplete; delete it, then"
             f" download or copy it again (keys needed: {', '.join(KEYS)})."
@@ -334,9 +355,39 @@ def read_npz(path: Path | str) -> Images:
     for key in ("y_train", "y_test"):
         if raw[key].dtype.kind not in "iu":
             raise ValueError(f"{path}: {key} must be integers [N], not {raw[key].dtype}.")
+    if raw["classes"].ndim != 1:
+        raise ValueError(f"{path}: classes must be a list of names, not of shape {list(raw['classes'].shape)}.")
     x_train, x_test = (torch.from_numpy(raw[key]).permute(0, 3, 1, 2).contiguous() for key in ("x_train", "x_test"))
     y_train, y_test = (torch.from_numpy(raw[key].astype(np.int64)) for key in ("y_train", "y_test"))
-    return Images(path.stem, x_train, y_train, x_test, y_test, tuple(str(c) for c in raw["classes"]))
+    try:
+        return Images(path.stem, x_train, y_train, x_test, y_test, classes)
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the keys. None is made before its head, the archive's list and the file's size agree."""
+    with zipfile.ZipFile(path) as archive:
+        there = [name.removesuffix(".npy") for name in archive.namelist()]
+        if missing := [key for key in KEYS if key not in there]:
+            raise ValueError(f"it has no {', '.join(missing)} (its keys: {', '.join(there) or 'none'})")
+        members = {key: archive.getinfo(f"{key}.npy") for key in KEYS}
+        _check_packed(path, list(members.values()))
+        for key, member in members.items():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, kind = head[version](file)
+            if min(shape, default=0) < 0 or math.prod(shape) * max(kind.itemsize, 1) > member.file_size:
+                raise ValueError(f"{key} of shape {list(shape)} does not fit into its {member.file_size:,} bytes")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in KEYS}
+
+
+def _check_packed(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    unpacked, packed = sum(member.file_size for member in members), path.stat().st_size
+    if unpacked > max(2**26, PACKED * packed):
+        raise ValueError(f"it would unpack from {packed:,} to {unpacked:,} bytes")
 
 
 def _download_cifar(path: Path, torchvision_class: str) -> None:
@@ -346,7 +397,7 @@ def _download_cifar(path: Path, torchvision_class: str) -> None:
         try:
             source = getattr(import_torchvision().datasets, torchvision_class)
             train, test = (source(folder, train=flag, download=True) for flag in (True, False))
-        except (OSError, RuntimeError, ImportError) as reason:
+        except Exception as reason:  # no network, a connection that breaks off, another file than the right one
             raise FileNotFoundError(
                 f"{path.stem} is not at {path} and could not be downloaded ({reason}). Run once where there is a"
                 f" network, or put a {path.name} with the keys {', '.join(KEYS)} there. Without a network,"

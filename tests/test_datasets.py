@@ -111,6 +111,7 @@ def test_read_npz(tmp_path):
     assert images.x_train[0, :, 0, 0].tolist() == np.load(path)["x_train"][0, 0, 0].tolist()
 
 
+@pytest.mark.trust("input", "archives of images, broken")
 @pytest.mark.parametrize("keep", [0, 1, 100, 700, -1])
 def test_truncated_files_are_refused(tmp_path, keep):
     path = archive(tmp_path)
@@ -119,6 +120,7 @@ def test_truncated_files_are_refused(tmp_path, keep):
         datasets.read_npz(path)
 
 
+@pytest.mark.trust("input", "archives of images, broken")
 def test_corrupt_files_are_refused(tmp_path):
     path = archive(tmp_path)
     data = bytearray(path.read_bytes())
@@ -128,6 +130,7 @@ def test_corrupt_files_are_refused(tmp_path):
         datasets.read_npz(path)
 
 
+@pytest.mark.trust("input", "archives of images, broken")
 @pytest.mark.parametrize(
     "changes,problem",
     [

@@ -268,6 +268,7 @@ def test_what_is_no_state_dict_is_refused(source, match):
     refused(vit(), source, match)
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 @pytest.mark.parametrize("keep", [0, 0.02, 0.5, 0.99])
 def test_truncated_files_are_refused_by_name(tmp_path, ending, keep):
@@ -278,6 +279,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, ending, keep):
     refused(vit(), path, rf"half.{ending} cannot be read as weights: .+\. Download or copy it again")
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
 def test_files_of_something_else_are_refused_by_name(tmp_path, ending):
     path = tmp_path / f"page.{ending}"
@@ -293,6 +295,7 @@ class Program:
         return print, ("a program ran",)
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_no_program_in_a_file_is_run(tmp_path, capsys, as_zip):
     path = tmp_path / "trap.pth"

@@ -60,6 +60,7 @@ def test_what_lies_beside_the_file_can_be_imported_and_nothing_is_written_there(
     assert sys.path == before and not list(tmp_path.glob("__pycache__/my_network*"))
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -100,6 +101,7 @@ def test_files_are_looked_for_before_anything_is_executed(file, tmp_path):
     assert mark.exists()
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 def test_weights_that_do_not_fit_or_could_run_a_program_are_refused(file, tmp_path):
     path = file(SMALL)
     save_file({"0.weight": torch.zeros(3, 4)}, tmp_path / "few.safetensors")

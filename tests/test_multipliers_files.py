@@ -204,6 +204,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.trust("input", "tables and circuits from broken files")
 @pytest.mark.parametrize("filename", WRONG)
 def test_what_is_damaged_is_refused_by_its_name(filename):
     content, problem = WRONG[filename]
@@ -228,6 +229,7 @@ def test_options_that_cannot_be_are_refused_before_the_file_is_looked_at(options
         read_table("nowhere/mine.npy", **options)
 
 
+@pytest.mark.trust("input", "tables and circuits from broken files")
 def test_what_is_no_plain_file_is_neither_read_nor_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "folder.npy").mkdir()
@@ -244,6 +246,7 @@ def test_what_is_no_plain_file_is_neither_read_nor_waited_for(tmp_path):
 SMALL = {name: FORMATS[name] for name in ("a.npy", "short.bin", "nested.h", "bits.c")}
 
 
+@pytest.mark.trust("input", "tables and circuits from broken files")
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SMALL)), st.data())
 def test_flipped_and_missing_bytes_end_in_a_table_or_a_clear_error(filename, data):

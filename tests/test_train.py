@@ -362,6 +362,7 @@ def test_save_and_load(network, tmp_path):
     assert other.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.trust("input", "checkpoints and networks from broken files")
 def test_load_refuses_what_does_not_fit(network, tmp_path):
     path = tmp_path / "net.safetensors"
     train.save(network, path, recipe={})

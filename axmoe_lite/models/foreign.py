@@ -11,6 +11,7 @@ Chapter: 05, "What happens to a network?"
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ def _read(path: Path) -> Mapping:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            _check_packed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # a damaged pickle can raise almost anything
         first = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
@@ -136,6 +139,16 @@ def _read(path: Path) -> Mapping:
             f"{path} cannot be read as weights: {first}. Download or copy it again; if it was saved as a whole"
             " network, save its state_dict() instead."
         ) from reason
+
+
+def _check_packed(path: Path) -> None:
+    """torch.save packs nothing; tensors that unpack to many times the size of the file could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked, packed = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise ValueError("it is a TorchScript archive, which holds a program")
+    if unpacked > 2**26 + 4 * packed:
+        raise ValueError(f"it would unpack from {packed:,} to {unpacked:,} bytes")
 
 
 def _tensors(where: str, contents: Mapping) -> dict[str, Tensor]:
@@ -153,6 +166,11 @@ def _tensors(where: str, contents: Mapping) -> dict[str, Tensor]:
         raise ValueError(
             f"{where} holds things that are no tensors ({_list(strange)}); a state dict is needed, tensors by name,"
             f" alone or as the entry {' or '.join(map(repr, CONTAINERS))}."
+        )
+    special = [n for n, v in contents.items() if v.layout != torch.strided or v.is_quantized or v.is_meta]
+    if special:
+        raise ValueError(
+            f"{where} holds tensors that are sparse, quantised or without numbers ({_list(special)}); save them dense."
         )
     tensors = dict(contents)
     for prefix in PREFIXES:

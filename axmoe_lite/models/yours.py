@@ -63,6 +63,9 @@ def build():
 """A file such as :func:`build_network` takes, for chapter 21 and for trying things out."""
 
 
+MOST_BYTES = 2**24
+
+
 def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) -> nn.Module:
     """The network that a Python file's function ``build()`` returns, as it stands there: nothing is approximated.
 
@@ -84,10 +87,10 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
     >>> build_network(file)
     Linear(in_features=4, out_features=2, bias=True)
     """
-    path = Path(path).expanduser()
+    path = _at_home(path)
     _check_file(path, "a Python file with a function build() that returns the network", (".py",))
     if str(weights):
-        weights = Path(weights).expanduser()
+        weights = _at_home(weights)
         _check_file(weights, "the network's state dict", (".safetensors", ".pth", ".pt", ".bin"))
     code = _compiled(path)
     with torch.random.fork_rng(devices=[]):
@@ -96,6 +99,13 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
     if str(weights):
         load_weights(network, weights)
     return network
+
+
+def _at_home(path: Path | str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~somebody
+        raise FileNotFoundError(f"{path}: there is no such home folder; write out the path.") from None
 
 
 def _check_file(path: Path, what: str, endings: tuple[str, ...]) -> None:
@@ -110,8 +120,12 @@ def _check_file(path: Path, what: str, endings: tuple[str, ...]) -> None:
 
 
 def _compiled(path: Path) -> types.CodeType:
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a program that builds a network has at most {MOST_BYTES:,}.")
     try:
         return compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{path}: this is nested too deeply for Python.") from None
     except (SyntaxError, ValueError) as problem:  # ValueError: a file with null bytes
         line = f", line {problem.lineno}" if getattr(problem, "lineno", None) else ""
         raise ValueError(f"{path}{line}: this is not Python ({getattr(problem, 'msg', problem)}).") from None

@@ -50,6 +50,7 @@ def read_npy(content: bytes) -> np.ndarray:
         state = "cut off" if len(content) < wanted else "followed by something else"
         raise ValueError(f"it has {len(content):,} bytes where its head promises {wanted:,}: it is {state}.")
     values = np.frombuffer(content, np.dtype(descr), N, start)
+    values = values.astype(np.float64) if kind[2] == "f" else values  # half precision knows no 2**53
     grid = values.reshape(256, 256, order="F" if head["fortran"] == "True" else "C")
     return _whole(grid)
 
@@ -115,7 +116,7 @@ def _numbers(number: int, line: str, mark: str | None, width: int) -> list[float
     found = []
     for place, piece in enumerate(line.split(mark)):
         try:
-            found.append(0.0 if (place == 0 and width == 257) else float(piece))
+            found.append(0.0 if (place == 0 and width == 257) else float(piece.replace("_", "x")))  # 1_0 is Python's
         except ValueError:
             raise ValueError(
                 f"line {number} has {piece.strip()[:30]!r} in place {place + 1}, which is no number."
@@ -132,6 +133,8 @@ def _triples(lines: list[tuple[int, str]], mark: str | None) -> tuple[np.ndarray
                 " product."
             )
         lines = lines[1:]
+    if not lines:
+        raise ValueError("it has no line after its names; lines are a, b, product.")
     values = np.array([_numbers(number, line, mark, 3) for number, line in lines])
     whole = _whole(values)
     low, high = int(whole[:, :2].min()), int(whole[:, :2].max())
@@ -176,8 +179,9 @@ def read_header(text: str) -> np.ndarray:
     end = blank.find(";", head.end())
     body = blank[head.end() - 1 : end if end >= 0 else len(blank)]
     line = blank.count("\n", 0, head.end()) + 1
-    if body.count(",") > N + 256:
-        raise ValueError(f"its array has {body.count(',') + 1:,} entries; {N:,} are needed.")
+    if body.count(",") > N + 256 or body.count("{") > 257:
+        entries, braces = f"{body.count(',') + 1:,}", f"{body.count('{'):,}"
+        raise ValueError(f"its array has {entries} entries in {braces} braces; {N:,} in at most 257 are needed.")
     wrong = re.search(r"[^\s\d{},+\-xXa-fA-FuUlL]", body)
     if end < 0 or wrong:
         at = wrong.start() if wrong else len(body)

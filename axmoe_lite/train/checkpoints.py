@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from axmoe_lite import paths
 
 SHORT = {"momentum_buffer": "momentum"}  # what an optimiser's state is called in a file
+KNOWN = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def save(model: nn.Module, path: Path | str, *, recipe: dict) -> None:
@@ -35,13 +37,14 @@ def load(model: nn.Module, path: Path | str) -> dict:
         ValueError: not a safetensors file, or its tensors do not fit the model (both lists are named).
     """
     tensors, metadata = _read(Path(path))
+    recipe = _told(Path(path), metadata, "recipe", dict)
     _load_exactly(model, tensors, Path(path))
-    return json.loads(metadata.get("recipe", "{}"))
+    return recipe
 
 
 def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
+    own = {name: _kind(value) for name, value in model.state_dict().items()}
+    theirs = {name: _kind(value) for name, value in tensors.items()}
     if own != theirs:
         wrong = [name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)]
         name = sorted(wrong)[0]
@@ -53,14 +56,32 @@ def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     model.load_state_dict(tensors)
 
 
+def _kind(value: Tensor) -> str:
+    """The shape, and the type where it is no fraction: half precision may become single, a whole number may not."""
+    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" of {value.dtype}")
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"No checkpoint at {path}.")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is a folder or a device; a checkpoint is read from a plain file.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as reason:
+    except (SafetensorError, OSError, MemoryError) as reason:
         raise ValueError(f"{path} is not a readable safetensors file ({reason}); delete it, train again.") from reason
+
+
+def _told(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
+    """What the file's header says under that key: a dict, empty where it says nothing, or a list."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):  # no JSON, or brackets inside brackets without end
+        found = None
+    if type(found) is not kind:
+        raise ValueError(f"{path} has no readable {key!r} in its header; delete it, train again.")
+    return found
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -109,10 +130,10 @@ def resume(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, setti
     """Put model and optimiser where :func:`suspend` left them; returns the history until then.
 
     Raises:
-        ValueError: if a call with other settings made the file.
+        ValueError: if a call with other settings made the file, or it is damaged. Nothing has been changed then.
     """
     tensors, metadata = _read(path)
-    made_by = json.loads(metadata.get("settings", "{}"))
+    made_by = _told(path, metadata, "settings", dict)
     if made_by != settings:
         differ = sorted(key for key in settings.keys() | made_by if made_by.get(key) != settings.get(key))
         raise ValueError(
@@ -120,15 +141,39 @@ def resume(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, setti
             + ", ".join(f"{key} was {made_by.get(key)!r}, now {settings.get(key)!r}" for key in differ)
             + ". Name another file, or delete this one to start afresh."
         )
+    history = _told(path, metadata, "history", list)
+    epochs = [row.get("epoch") if isinstance(row, dict) else None for row in history]
+    if not history or epochs != list(range(1, len(history) + 1)):
+        raise ValueError(f"{path} tells of the epochs {epochs}; they count from 1. Delete it, train again.")
+    state = _state_of(path, {k: v for k, v in tensors.items() if not k.startswith("model.")}, optimiser)
     _load_exactly(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    long, parameters = {short: key for key, short in SHORT.items()}, _parameters(optimiser)
-    for name, value in tensors.items():
-        if not name.startswith("model."):
-            short, index = name.rsplit(".", 1)
-            parameter = parameters[int(index)]
+    for parameter, values in state.items():
+        for key, value in values.items():
             on = parameter.device if value.ndim else value.device  # AdamW counts its steps on the CPU
-            optimiser.state[parameter][long.get(short, short)] = value.to(on, copy=True)
-    return json.loads(metadata["history"])
+            optimiser.state[parameter][key] = value.to(on, copy=True)
+    return history
+
+
+def _state_of(
+    path: Path, tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer
+) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What the optimiser knew of each parameter, if it is all that such an optimiser knows, in its shape."""
+    long, parameters = {short: key for key, short in SHORT.items()}, _parameters(optimiser)
+    found: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        short, _, index = name.rpartition(".")
+        parameter = parameters[int(index)] if index in map(str, range(len(parameters))) else None
+        shape = () if parameter is None or short == "step" else parameter.shape
+        if parameter is None or value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"{path} holds {name!r} {_kind(value)}, which is of no parameter; delete it, train again.")
+        found.setdefault(parameter, {})[long.get(short, short)] = value
+    for values in found.values():
+        if values.keys() != KNOWN[type(optimiser)]:
+            raise ValueError(
+                f"{path} holds {', '.join(values)} of a parameter, and not just what"
+                f" {type(optimiser).__name__} keeps ({', '.join(KNOWN[type(optimiser)])}); delete it, train again."
+            )
+    return found
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:

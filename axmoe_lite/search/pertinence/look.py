@@ -248,9 +248,9 @@ def recall(file: Path, settings: dict[str, str]) -> dict[str, Tensor] | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            made_by = json.loads((opened.metadata() or {}).get("settings", "{}"))
+            made_by = dict(json.loads((opened.metadata() or {}).get("settings", "{}")))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as reason:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as reason:
         raise ValueError(
             f"{file} is not a readable safetensors file ({reason}); delete it to start afresh."
         ) from reason
