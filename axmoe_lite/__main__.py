@@ -14,6 +14,7 @@ Exit status: 0 done, 1 something failed or was not run, 2 asked for what does no
 """
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -215,7 +216,7 @@ def speed_work(chosen: argparse.Namespace) -> dict:
         raise ValueError(f"--repeats is {repeats}; at least 1 turn is needed.")
     cores = runs.cores()
     counts = (chosen.threads or ("1,2" if cores > 1 else "1")).split(",")
-    if not all(count.strip().isdigit() and 1 <= int(count) <= cores for count in counts):
+    if not all(re.fullmatch("[0-9]{1,9}", count.strip()) and 1 <= int(count) <= cores for count in counts):
         raise ValueError(
             f"--threads is {chosen.threads!r}; this machine has {cores} cores: give 1 to {cores}, as in 1,2."
         )

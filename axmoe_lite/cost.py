@@ -20,6 +20,7 @@ Chapter: 09, "What does accuracy cost?"
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,8 +94,12 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
     >>> round(macs.executed / 1e6, 2), macs.parameters  # as published: 40.82 million
     (40.82, 278324)
     """
-    if not len(inputs):
-        raise ValueError("count() was given no inputs; the mean over them needs at least one.")
+    if not isinstance(inputs, Tensor) or not len(inputs) or batch_size < 1:
+        many = f"{len(inputs)} inputs" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+        raise ValueError(
+            f"count() was given {many} and batch_size = {batch_size}; give a tensor of at least one input, for the mean"
+            " over them, and a batch_size of at least 1."
+        )
     layers = {
         name: module
         for name, module in network.named_modules()
@@ -208,10 +213,11 @@ def p_norm(*, executed: float, base: float, share: float, power_mw: float) -> fl
     >>> round(p_norm(executed=1, base=1, share=1, power_mw=0.301), 2)  # a dense CNN under L2J, as published
     0.71
     """
-    if not 0 <= share <= 1 or executed < 0 or base <= 0:
+    known = all(isinstance(value, Real) for value in (executed, base, share, power_mw))
+    if not known or not (0 <= share <= 1 and executed >= 0 and base > 0 and power_mw >= 0):
         raise ValueError(
-            f"p_norm() was asked for executed = {executed}, base = {base}, share = {share}; a share lies in [0, 1],"
-            " executed is not negative and base is positive."
+            f"p_norm() was asked for executed = {executed}, base = {base}, share = {share}, power_mw = {power_mw};"
+            " a share lies in [0, 1], executed and power_mw are not negative and base is positive."
         )
     return executed / base * (share * power_mw / multiplier(EXACT).power_mw + 1 - share)
 
@@ -235,11 +241,18 @@ def price(macs: Macs, assignment: Mapping[str, Choice], *, base: Macs | float | 
     >>> round(paid.p_norm, 2), round(paid.approximated_share, 4)
     (0.47, 0.9998)
     """
+    if not isinstance(macs, Macs) or not isinstance(assignment, Mapping):
+        raise ValueError(
+            f"price() was given a {type(macs).__name__} and a {type(assignment).__name__}; it takes what count()"
+            " returns, and a dict from layers to multipliers, such as {'conv1': 'mul8s_1L2J'}."
+        )
     chosen = {name: chosen_multiplier(choice) for name, choice in assignment.items()}
     _check_assignment(macs, chosen)
     exact = multiplier(EXACT)
     used = [(layer.executed, chosen.get(name, exact)) for name, layer in macs.layers.items()]
     total = macs.executed
+    if not isinstance(base, Macs | Real | None):
+        raise ValueError(f"base is {base!r}; give what count() returns for the dense network, a number, or None.")
     base_macs = total if base is None else base.executed if isinstance(base, Macs) else base
     if not total > 0 or not base_macs > 0:
         raise ValueError(

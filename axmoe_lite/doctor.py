@@ -363,7 +363,11 @@ def _free_memory_gb() -> float | None:
 
 def _home() -> list[Finding]:
     """Where results go: is it there, can it be written, is there room?"""
-    home = paths.home()
+    advice = "Set AXMOE_HOME to a folder of yours, as in: export AXMOE_HOME=~/axmoe"
+    try:
+        home = paths.home()
+    except ValueError as reason:
+        return [Finding("home", "problem", f"{reason} Results cannot be written.", advice)]
     chosen = "AXMOE_HOME" if os.environ.get("AXMOE_HOME") else "AXMOE_HOME is not set"
     folder = next(p for p in (home / "data", home, *home.parents) if p.exists())
     findings = []
@@ -372,7 +376,6 @@ def _home() -> list[Finding]:
             file.write(b"axmoe")
     except OSError as reason:
         says = f"{home} cannot be written ({reason.strerror or reason}): nothing can be recorded or downloaded"
-        advice = "Set AXMOE_HOME to a folder of yours, as in: export AXMOE_HOME=~/axmoe"
         findings.append(Finding("home", "problem", says, advice))
     else:
         new = "" if home.exists() else "; it will be made"

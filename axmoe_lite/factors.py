@@ -23,7 +23,7 @@ from torch import Tensor
 
 from axmoe_lite.multipliers import Mosaic, Multiplier
 from axmoe_lite.multipliers.families import BIT_WEIGHTS
-from axmoe_lite.multipliers.table import OPERANDS, Q
+from axmoe_lite.multipliers.table import OPERANDS, Q, check_table
 
 HIGHEST_MINIMAL_RANK = 64  # beyond it no product is cheaper than a lookup, and minimal factors take minutes
 _PRIME = 2_147_483_647  # 2^31 - 1: a product of two residues fits 62 bits
@@ -91,6 +91,7 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     >>> factorise(multiplier("filter[roup(0,2), roup(0,4), roup(1,4)]")).rank  # 2, 3 and 2 terms alone
     3
     """
+    check_table(multiplier)
     if isinstance(multiplier, Mosaic):
         return _factorise_together(multiplier.multipliers)
     if multiplier not in _found:

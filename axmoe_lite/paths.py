@@ -14,10 +14,30 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def home() -> Path:
-    """The folder that holds ``data/``: ``AXMOE_HOME``, else the checkout, else the user's cache."""
+    """The folder that holds ``data/``: ``AXMOE_HOME``, else the checkout, else the user's cache.
+
+    Raises:
+        ValueError: for an ``AXMOE_HOME`` that can be no folder: a file, links in a circle, the home of nobody.
+    """
     if chosen := os.environ.get("AXMOE_HOME"):
-        return Path(chosen).expanduser().resolve()
+        try:
+            there = Path(chosen).expanduser().resolve()
+            problem = "is a file" if there.is_file() else "is a link that leads back to itself" * there.is_symlink()
+        # A name too long; nobody's home; before Python 3.13, a circle of links.
+        except (OSError, RuntimeError) as reason:
+            problem = f"leads to no folder ({reason})"
+        if problem:
+            raise ValueError(f"AXMOE_HOME is {chosen!r}, which {problem}; set it to a folder of yours, or unset it.")
+        return there
     return CHECKOUT if (CHECKOUT / "book").is_dir() else Path.home() / ".cache" / "axmoe_lite"
+
+
+def expanded(path: Path | str) -> Path:
+    """A path that may begin with ``~``. Raises ValueError, with the path, for the home of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder; write out the path.") from None
 
 
 def book_dir() -> Path:

@@ -10,6 +10,7 @@ order in which integer pipelines do it, and the two differ in rare bits.
 Chapter: 03, "How do floats become bytes?"
 """
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -166,5 +167,5 @@ def check_method(method: str, percentile: float) -> None:
     """Raise ValueError unless ``method`` is known and ``percentile`` lies in (0, 100]."""
     if method not in METHODS:
         raise ValueError(f"The calibration method is {method!r}; it can be {', '.join(map(repr, METHODS))}.")
-    if not 0 < percentile <= 100:
-        raise ValueError(f"The percentile is {percentile}; it lies above 0 and is at most 100.")
+    if not isinstance(percentile, Real) or not 0 < percentile <= 100:
+        raise ValueError(f"The percentile is {percentile!r}; it lies above 0 and is at most 100.")

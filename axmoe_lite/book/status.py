@@ -56,8 +56,10 @@ def repository() -> str:
 
     A workflow knows (``GITHUB_REPOSITORY``); elsewhere the checkout's ``origin`` does, if it is on GitHub.
     """
-    if name := os.environ.get("GITHUB_REPOSITORY"):
-        return f"{os.environ.get('GITHUB_SERVER_URL', 'https://github.com')}/{name}"
+    name, server = os.environ.get("GITHUB_REPOSITORY", ""), os.environ.get("GITHUB_SERVER_URL", "https://github.com")
+    # What is no address would break the file that it is written into.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and re.fullmatch(r"https?://[\w.-]+(:\d+)?", server):
+        return f"{server}/{name}"
     asked = ["git", "-C", str(paths.CHECKOUT), "remote", "get-url", "origin"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()

@@ -22,6 +22,7 @@ from axmoe_lite.factors import HIGHEST_MINIMAL_RANK
 from axmoe_lite.kernels import factored, lookup, reference, triton
 from axmoe_lite.multipliers import EXACT, Mosaic, Multiplier
 from axmoe_lite.multipliers import multiplier as by_name
+from axmoe_lite.multipliers.table import check_table
 
 PATHS = ("auto", "factored", "lookup", "reference")
 ALWAYS_FACTORED = factored.FEW_TERMS  # these need no measurement
@@ -219,6 +220,7 @@ def _operand(name: str, values: Tensor, dimensions: int, *, more: bool = False) 
 
 
 def _check_sums(fan_in: int, multiplier: Multiplier | Mosaic) -> None:
+    check_table(multiplier)
     if fan_in * multiplier.largest >= 2**31:
         raise ValueError(
             f"{fan_in} products of up to {multiplier.largest} ({multiplier.name!r}) can leave the 32-bit accumulator;"
@@ -227,7 +229,7 @@ def _check_sums(fan_in: int, multiplier: Multiplier | Mosaic) -> None:
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
         raise ValueError(f"{name} is {value!r}; give one whole number or two, each at least {least}.")
     return pair
@@ -237,7 +239,7 @@ def _check_conv_shapes(
     x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int], groups: int
 ) -> None:
     channels, out, per_group = x.shape[1], weight.shape[0], weight.shape[1]
-    if groups < 1 or channels != per_group * groups or out % groups:
+    if not isinstance(groups, int) or groups < 1 or channels != per_group * groups or out % groups:
         raise ValueError(
             f"x has {channels} channels and weight is {list(weight.shape)} with groups = {groups}; weight must be"
             " [O, C / groups, KH, KW] with O a multiple of groups."

@@ -271,8 +271,8 @@ _ALL_BITS = 1, np.array([255], np.uint8), 0, _NOTHING  # codes as they are
 
 @functools.cache
 def _compiled() -> ModuleType | None:
-    """The one-pass version, or None where numba is not installed."""
+    """The one-pass version, or None where numba is not installed, or refuses a NUMBA_... variable."""
     try:
         return importlib.import_module("axmoe_lite.kernels.compiled")
-    except ImportError:
+    except (ImportError, ValueError):
         return None

@@ -163,7 +163,7 @@ def _obstacles() -> dict[str, str]:
     try:
         numba = importlib.import_module("numba")
         obstacle = _compiled().obstacle()
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:  # a NUMBA_... variable that numba refuses
         return dict.fromkeys(("permute", "loop"), f"numba cannot be imported ({error})")
     if numba.config.DISABLE_JIT:
         return dict.fromkeys(("permute", "loop"), "NUMBA_DISABLE_JIT is set")

@@ -27,7 +27,11 @@ def approximable(network: nn.Module) -> dict[str, nn.Module]:
     That is each ``nn.Conv2d``, ``nn.Linear`` and :class:`Matmul` (approximated or not). Left out are layers inside
     ``nn.MultiheadAttention``, which reads their weights without calling them, so that replacing them would
     change nothing.
+
+    Raises:
+        ValueError: for what is no torch module.
     """
+    check_module(network)
     inside_attention = {
         id(child)
         for module in network.modules()
@@ -40,6 +44,15 @@ def approximable(network: nn.Module) -> dict[str, nn.Module]:
         if type(module) in KINDS or isinstance(module, Approximate)
         if id(module) not in inside_attention
     }
+
+
+def check_module(network: object) -> None:
+    """Raise ValueError for what is no torch module, such as the name of a network."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"The network is {network!r}, a {type(network).__name__}; a torch module is needed, such as"
+            " models.resnet20(classes=10)."
+        )
 
 
 # Parts of a network that stay exact, by a component of their name.
@@ -234,7 +247,7 @@ def _warn_of_others(network: nn.Module, known: dict[str, nn.Module]) -> None:
 def _unknown_layer(network: nn.Module, name: str, known: dict[str, nn.Module]) -> str:
     modules = dict(network.named_modules())
     kind = f"is a {type(modules[name]).__name__}" if name in modules else "does not exist"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
         f"Layer {name!r} {kind} and cannot multiply approximately.{hint} The layers of this"
@@ -294,7 +307,15 @@ def _calibrate(
                     raise ValueError(
                         f"Calibration met {kind}; give what the network takes, such as images.normalised(x)."
                     )
-                network(batch.to(device))
+                try:
+                    network(batch.to(device))
+                except RuntimeError as reason:
+                    if isinstance(reason, torch.OutOfMemoryError):
+                        raise
+                    raise ValueError(
+                        f"This {type(network).__name__} cannot take calibration images of {list(batch.shape)},"
+                        f" {batch.dtype}: {reason}. Give a batch as it expects it."
+                    ) from reason
         for name, layer in layers.items():
             if not layer.histograms[0].counts.sum():
                 raise ValueError(

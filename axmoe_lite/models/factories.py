@@ -85,8 +85,8 @@ def _resnet(
 ) -> nn.Module:
     if shortcut not in ("projection", "pad"):
         raise ValueError(f"shortcut is {shortcut!r}; it can be 'projection' or 'pad'.")
-    if classes < 1:
-        raise ValueError(f"classes is {classes}; a classifier needs at least 1.")
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes is {classes!r}; a classifier needs a whole number of them, at least 1.")
     channels = scaled((16, 32, 64), width)
     if shortcut == "projection" and channels[0] < NARROWEST:
         raise ValueError(

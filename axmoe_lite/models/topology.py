@@ -11,6 +11,7 @@ Chapter: 07, "What if only some of the network answers?"
 
 import copy
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from axmoe_lite import moe
 from axmoe_lite.layers import assignment_of, default_layers
+from axmoe_lite.layers.network import check_module
 from axmoe_lite.models.library import import_torchvision
 from axmoe_lite.models.resnet import ResNet
 from axmoe_lite.models.vit import ViT
@@ -81,14 +83,15 @@ def upcycle(
     >>> list(moe.mixtures(hard))
     ['layer3.0.conv1', 'layer3.0.conv2']
     """
+    check_module(network)
     moe.check_option("topology", topology, TOPOLOGIES)
     moe.check_option("placement", placement, PLACEMENTS)
     for name in options:  # here, so that a typo is refused whatever the topology
         moe.check_option("An option of upcycle()", name, OPTIONS)
-    if not 0 < r <= 1:
-        raise ValueError(f"r is {r}; it is the fraction of layers that become mixtures, above 0 and at most 1.")
-    if experts < 1:
-        raise ValueError(f"experts is {experts}; a mixture needs at least 1.")
+    if not isinstance(r, Real) or not 0 < r <= 1:
+        raise ValueError(f"r is {r!r}; it is the fraction of layers that become mixtures, above 0 and at most 1.")
+    if type(experts) is not int or experts < 1:
+        raise ValueError(f"experts is {experts!r}; a mixture needs at least 1, a whole number.")
     if moe.mixtures(network):
         raise ValueError(
             f"This {type(network).__name__} has mixtures already; upcycle the dense network it was made of."
@@ -100,6 +103,8 @@ def upcycle(
             f"This {type(network).__name__} has approximate layers; restore() it, upcycle it, approximate the result."
         )
     if topology == "cluster":
+        if gateway is not None:
+            check_module(gateway)
         gateway = _gateway(network, experts, seed) if gateway is None else gateway
         return moe.cluster(network, gateway, experts=experts, seed=seed, **options)
     names = eligible(network)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from axmoe_lite import paths
 from axmoe_lite.models.foreign import load_weights
 
 EXAMPLE = '''\
@@ -87,10 +88,10 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
     >>> build_network(file)
     Linear(in_features=4, out_features=2, bias=True)
     """
-    path = _at_home(path)
+    path = paths.expanded(path)
     _check_file(path, "a Python file with a function build() that returns the network", (".py",))
     if str(weights):
-        weights = _at_home(weights)
+        weights = paths.expanded(weights)
         _check_file(weights, "the network's state dict", (".safetensors", ".pth", ".pt", ".bin"))
     code = _compiled(path)
     with torch.random.fork_rng(devices=[]):
@@ -99,13 +100,6 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
     if str(weights):
         load_weights(network, weights)
     return network
-
-
-def _at_home(path: Path | str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~somebody
-        raise FileNotFoundError(f"{path}: there is no such home folder; write out the path.") from None
 
 
 def _check_file(path: Path, what: str, endings: tuple[str, ...]) -> None:

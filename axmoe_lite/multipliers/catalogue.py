@@ -40,6 +40,8 @@ PREFIXES = {
     "tuned": tuned,
     "tuned_relu": functools.partial(tuned, after_relu=True),
 }
+PREFIXED = f"(?:(?:{'|'.join(PREFIXES)}):)*"
+MOST_PREFIXES = 8
 
 
 def multiplier(name: str) -> Multiplier | Mosaic:
@@ -73,6 +75,21 @@ def multiplier(name: str) -> Multiplier | Mosaic:
     return _made(name, tuple(map(files.named, files.files_in(name))))
 
 
+def power_of(name: str) -> float:
+    """The power of a multiplier, milliwatts, for whoever makes an order or a price of it.
+
+    Raises:
+        ValueError: for a multiplier that does not exist, or whose power is not known.
+    """
+    found = multiplier(name)
+    if found.power_mw is None:
+        raise ValueError(
+            f"The power of multiplier {found.name!r} is not known, so that it has no price and no place among others;"
+            " leave it out, or say it in the name, as in 'file:mine.npy@power_mw=0.3'."
+        )
+    return found.power_mw
+
+
 @functools.lru_cache(maxsize=512)
 def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
     """``read``: what the files in the name hold at this call, so that a changed file makes another multiplier."""
@@ -81,6 +98,8 @@ def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
     if (mosaic := parse_mosaic(name)) is not None:
         known, places = mosaic
         return Mosaic(name, tuple(multiplier(one) for one in known), places)
+    if (n := re.match(PREFIXED, name)[0].count(":")) > MOST_PREFIXES:
+        raise ValueError(f"{name[:40]!r}... has {n} prefixes; at most {MOST_PREFIXES} mean something. Leave some out.")
     prefix, _, rest = name.partition(":")
     if prefix in PREFIXES:
         inner = multiplier(rest)
@@ -98,7 +117,7 @@ def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
                 published.delay_ns,
                 source="EvoApproxLib v2022, PDK45",
             )
-    call = re.fullmatch(r"(\w+)\(([-\d, ]*)\)", name)
+    call = re.fullmatch(r"(\w+)\(([-\d, ]*)\)", name, re.ASCII)
     if call and call[1] in FAMILIES:
         return _call_family(name, call[1], call[2])
     raise ValueError(_unknown(name))
@@ -108,9 +127,15 @@ def _call_family(name: str, family: str, arguments: str) -> Multiplier:
     function = FAMILIES[family]
     expected = list(inspect.signature(function).parameters)
     numbers = [part.strip() for part in arguments.split(",")] if arguments.strip() else []
-    if len(numbers) != len(expected) or not all(re.fullmatch(r"-?\d+", n) for n in numbers):
-        raise ValueError(f"{name!r} does not fit its family; write {family}({', '.join(expected)}) with whole numbers.")
+    if len(numbers) != len(expected) or not all(re.fullmatch(r"-?\d{1,9}", n) for n in numbers):
+        raise ValueError(
+            f"{_shown(name)} does not fit its family; write {family}({', '.join(expected)}) with whole numbers."
+        )
     return function(*map(int, numbers))
+
+
+def _shown(name: str) -> str:
+    return repr(name) if len(name) < 100 else f"{name[:60]!r}..."
 
 
 def _unknown(name: str) -> str:
@@ -122,10 +147,12 @@ def _unknown(name: str) -> str:
             " if v1.x is what you mean."
         )
     known = [*EVOAPPROX, *FAMILIES, *(f"v1:{old_name}" for old_name in old)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    near = next((form for form in forms if form.startswith(f"{near}(")), near)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) if len(name) < 100 else []
+    hint = "".join(
+        f" Did you mean {next((form for form in forms if form.startswith(f'{one}(')), one)!r}?" for one in near
+    )
     return (
-        f"No multiplier is called {name!r}. Did you mean {near!r}? There are {', '.join(EVOAPPROX)}, the families"
+        f"No multiplier is called {_shown(name)}.{hint} There are {', '.join(EVOAPPROX)}, the families"
         f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', files of yours as 'file:mine.npy', and 'swap:' or 'tuned:'"
         " before any of them."
     )

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from axmoe_lite import paths
 from axmoe_lite.multipliers import circuit_c
 from axmoe_lite.multipliers.formats import read_bin, read_csv, read_header, read_npy
 from axmoe_lite.multipliers.table import Multiplier
@@ -187,14 +188,6 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _at_home(path: str) -> Path:
-    """A path that may begin with ~."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~somebody
-        raise ValueError(f"{path}: there is no such home folder; write out the path.") from None
-
-
 def _missing(path: Path) -> str:
     there = [p.name for p in path.parent.glob("*") if p.suffix.lower() in READERS] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
@@ -311,7 +304,7 @@ def named(name: str) -> Multiplier:
         raise ValueError(f"{name!r}: trust is {said['trust']!r}; write @trust=yes, or leave it out.")
     _check_options(path, "a,b", said.get("operands"), power_mw=options.get("power_mw"))
     try:
-        content = _content(_at_home(path))
+        content = _content(paths.expanded(path))
     except FileNotFoundError as missing:
         raise ValueError(str(missing)) from None
     key = (name, hashlib.sha256(content).hexdigest())
@@ -341,7 +334,7 @@ def pinned(name: str) -> str:
     """
     for one in sorted(files_in(name), key=len, reverse=True):  # a name may begin with another
         path, said = _parts(one)
-        whole = str(_at_home(path).absolute())
+        whole = str(paths.expanded(path).absolute())
         if _MOSAIC.match(name) and re.search(r"[,\]\s]", whole):
             raise ValueError(f"{name!r} is a mosaic, and {whole} has spaces or commas; move the file elsewhere.")
         digest = "" if "digest" in said else f"@digest={named(one).digest}"

@@ -13,6 +13,7 @@ Chapter: 15, "How fine should a choice be?"
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from axmoe_lite.multipliers.table import Multiplier, Q
 
 AXES = ("filter", "channel", "row", "column")
 """The axes of a convolution's weight [O, C, KH, KW]; a linear layer's [O, C] has the first two."""
+
+MOST_PLACES = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +131,9 @@ def mosaic_name(names: Sequence[str] | Sequence[Sequence[str]], by: str = "filte
     _check_axes(by, axes)
     sizes, flat = [], list(names)
     for depth in range(len(axes)):
-        sizes.append(len(flat) if depth == 0 else len(flat[0]))
+        sizes.append(len(flat[0]) if depth and flat and isinstance(flat[0], list | tuple) else len(flat))
         if depth:
-            if any(isinstance(part, str) or len(part) != sizes[-1] for part in flat):
+            if any(not isinstance(part, list | tuple) or len(part) != sizes[-1] for part in flat):
                 raise ValueError(f"The names along {axes[depth]} differ in number; give lists of equal length.")
             flat = [name for part in flat for name in part]
     if not flat or not all(isinstance(name, str) for name in flat):
@@ -162,11 +165,13 @@ def parse_mosaic(name: str) -> tuple[list[str], Tensor] | None:
     flat: list[str] = []
     for part in re.split(r",\s*(?![^()]*\))", found[2]):  # commas inside parentheses belong to a family's numbers
         count, _, rest = part.strip().rpartition(" ")
-        if not rest or not (count or "1").isdigit() or "[" in rest:
+        if not rest or not re.fullmatch("[1-9][0-9]{0,8}", count or "1") or "[" in rest:
             raise ValueError(f"{part.strip()!r} in {name!r} is no count and name, such as '3 mul8s_1L2J'.")
+        if len(flat) + int(count or 1) > MOST_PLACES:  # before the memory is full of them
+            raise ValueError(f"{name!r} names more than {MOST_PLACES:,} places; no layer has so many weights.")
         flat += [rest] * int(count or 1)
     lengths = [int(size) if size else len(flat) for size in sizes]
-    if torch.Size(lengths).numel() != len(flat):
+    if math.prod(lengths) != len(flat):
         raise ValueError(f"{name!r} names {len(flat)} places; its axes have {' x '.join(map(str, lengths))}.")
     known = sorted(set(flat))
     shape = [dict(zip(axes, lengths, strict=True)).get(axis, 1) for axis in AXES]

@@ -1,8 +1,11 @@
 """The noun of the project: a multiplier is its table of 65,536 integer products."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -51,7 +54,19 @@ class Multiplier:
     source: str = "user"
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.table)
+        if not isinstance(self.name, str):
+            raise ValueError(f"A multiplier's name is text; {self.name!r} is a {type(self.name).__name__}.")
+        for what in ("power_mw", "area_um2", "delay_ns"):
+            value = getattr(self, what)
+            if value is not None and not (isinstance(value, Real) and 0 <= value < math.inf):
+                raise ValueError(f"{what} of {self.name!r} is {value!r}; give a number, 0 or more, or None if unknown.")
+        try:
+            table = torch.as_tensor(self.table)
+        except (TypeError, RuntimeError, ValueError) as reason:
+            raise ValueError(
+                f"The table of {self.name!r} is a {type(self.table).__name__}, of which torch makes no tensor"
+                f" ({reason}); give 256 x 256 integers."
+            ) from None
         if tuple(table.shape) != (Q, Q):
             raise ValueError(
                 f"The table of {self.name!r} is {list(table.shape)}; a signed 8-bit multiplier has 256 x 256"
@@ -66,9 +81,13 @@ class Multiplier:
     def __call__(self, a: int, b: int) -> int:
         """One product: ``a`` the activation, ``b`` the weight, both in -128..127."""
         for name, value in (("a", a), ("b", b)):
-            if not -128 <= value <= 127:
-                raise ValueError(f"Operand {name} is {value}; a signed 8-bit operand lies in -128..127.")
-        return int(self.table[a + 128, b + 128])
+            try:
+                fits = -128 <= index(value) <= 127
+            except TypeError:
+                fits = False
+            if not fits:
+                raise ValueError(f"Operand {name} is {value!r}; a signed 8-bit operand is a whole number in -128..127.")
+        return int(self.table[index(a) + 128, index(b) + 128])
 
     def __repr__(self) -> str:
         power = "unknown power" if self.power_mw is None else f"{self.power_mw:.3f} mW"
@@ -122,6 +141,15 @@ class ErrorMetrics:
     variance: float
 
 
+def check_table(multiplier: object) -> None:
+    """Raise ValueError for what is no :class:`Multiplier` and no mosaic of them, such as a name."""
+    if not hasattr(type(multiplier), "columns"):  # not ``table``: a mosaic makes its own anew whenever it is asked
+        raise ValueError(
+            f"{multiplier!r} is a {type(multiplier).__name__} and no multiplier; multiplier('mul8s_1L2J') makes one of"
+            " a name, Multiplier('mine', table) one of a table."
+        )
+
+
 def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None = None) -> ErrorMetrics:
     """Error metrics over all operand pairs, or over the operands that really occur.
 
@@ -142,6 +170,7 @@ def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None 
     >>> errors(multiplier("mul8s_1KVM"), a=never_negative, b=never_negative).mean_error
     -31.75
     """
+    check_table(multiplier)
     weight = _distribution("a", a)[:, None] * _distribution("b", b)[None, :]
     exact = exact_table().double()
     error = multiplier.table.double() - exact

@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 
 from axmoe_lite.layers import evaluating
 from axmoe_lite.layers.modules import Approximate
+from axmoe_lite.layers.network import check_module
 from axmoe_lite.pipeline.plan import Planner, trace
 from axmoe_lite.pipeline.steps import Convolve, Run
 
@@ -116,6 +117,7 @@ def freeze(network: nn.Module) -> Frozen:
     >>> frozen, torch.equal(frozen(x), frozen.law(x))
     (Frozen(Sequential: 2 convolutions in the pipeline), True)
     """
+    check_module(network)
     if not any(isinstance(module, Approximate) for module in network.modules()):
         raise ValueError(
             f"This {type(network).__name__} has no approximate layer, so there is nothing to freeze; call"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from axmoe_lite.layers.correction import LayerError, measured_error, predicted_error
 from axmoe_lite.multipliers import multiplier
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, check_evidence
 from axmoe_lite.quant import METHODS, Histogram, fake_quantise, weight_scale
 
@@ -410,7 +411,7 @@ def corrected(rows: list[dict]) -> alt.Chart:
     table = pd.DataFrame(rows).astype({"top1": float})
     table["run"] = [f"{r.dataset}, {r.n_test} images, seed {r.seed} ({r.scale})" for r in table.itertuples()]
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
-    names = sorted({*table["multiplier"]} - {"float32"}, key=lambda name: -multiplier(name).power_mw)
+    names = sorted({*table["multiplier"]} - {"float32"}, key=lambda name: -power_of(name))
     order = [name.replace("mul8s_1", "") for name in names]  # from dear to cheap
     evidence = [alt.Tooltip(c) for c in ("multiplier", "regime", "dataset", "n_test", "device", "commit")]
     panels = []

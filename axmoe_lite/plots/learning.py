@@ -9,6 +9,7 @@ import torch
 
 from axmoe_lite.layers.gradients import slopes
 from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, check_evidence
 
 _LINES = {"exact product": GREY, "the circuit": BLUE}
@@ -160,7 +161,7 @@ def recovered(rows: list[dict], *, title: str) -> alt.LayerChart:
         f"{r.network} {r.topology}, {r.dataset}, {r.n_test} images, seed {r.seed} ({r.scale})"
         for r in table.itertuples()
     ]
-    power = {n: 9.9 if n == "float32" else multiplier(n).power_mw for n in set(table["multiplier"])}
+    power = {n: 9.9 if n == "float32" else power_of(n) for n in set(table["multiplier"])}
     table["power"] = table["multiplier"].map(power)
     table["short"] = [_with_power(name) for name in table["multiplier"]]
     order = table.sort_values("power", kind="stable", ascending=False)
@@ -225,4 +226,4 @@ def _short(name: str) -> str:
 def _with_power(name: str) -> str:
     if name in ("float32", EXACT):
         return _short(name)
-    return f"{_short(name)}, {multiplier(name).power_mw / multiplier(EXACT).power_mw:.0%}"
+    return f"{_short(name)}, {power_of(name) / multiplier(EXACT).power_mw:.0%}"

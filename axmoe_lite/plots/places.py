@@ -12,6 +12,7 @@ import pandas as pd
 
 from axmoe_lite import cost
 from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, check_evidence
 from axmoe_lite.search.places import Placed
 from axmoe_lite.search.stream import Streamed
@@ -108,7 +109,7 @@ def places_map(
                 "core": placed.places[part],
                 "inputs": sum(c.executed for c in counted) / max(sum(c.static for c in counted), 1e-30),
                 "circuit": ", ".join(sorted(name.replace("mul8s_1", "") for name in names)),
-                "power": max(multiplier(name).power_mw for name in names) / multiplier(EXACT).power_mw,
+                "power": max(map(power_of, names)) / multiplier(EXACT).power_mw,
                 "mmacs": sum(c.executed for c in counted) / 1e6,
             }
         )

@@ -12,6 +12,7 @@ import pandas as pd
 
 from axmoe_lite import cost
 from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, check_evidence
 from axmoe_lite.search import qos
 from axmoe_lite.search.space import catalogue
@@ -83,7 +84,7 @@ def point_tiles(
     )
     dark = alt.condition("datum.power>60", alt.value("white"), alt.value("#222222"))
     names = base.mark_text(fontSize=12).encode(text="circuit:N", color=dark)
-    used = sorted({name for one in points for name in one.values()}, key=lambda name: -multiplier(name).power_mw)
+    used = sorted({name for one in points for name in one.values()}, key=lambda name: -power_of(name))
     many = f"{len(used)} circuit{'s' * (len(used) > 1)} in all: {', '.join(map(_short, used))}."
     return alt.layer(cells, names).properties(
         width=alt.Step(118), height=alt.Step(24), title=alt.Title(title, subtitle=many, offset=10)
@@ -331,7 +332,7 @@ def _run(row: dict) -> str:
 
 
 def _percent(name: str) -> float:
-    return 100 * multiplier(name).power_mw / multiplier(EXACT).power_mw
+    return 100 * power_of(name) / multiplier(EXACT).power_mw
 
 
 def _short(name: str) -> str:

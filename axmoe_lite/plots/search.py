@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import altair as alt
 import pandas as pd
 
-from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.multipliers import EXACT
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, check_evidence
 
 _TOLD = ["n_train", "n_test", "n_validation", "seed", "epochs", "regime", "evaluated", "commit", "date", "device"]
@@ -28,7 +29,7 @@ def sensitivities(rows: Iterable[Mapping], *, title: str) -> alt.LayerChart:
         raise ValueError("sensitivities() was given no rows; search.sensitivity() makes them.")
     table["moved"] = table["more_divergence"].clip(lower=1e-4)  # the scale is logarithmic; noise may be below 0
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
-    power = sorted(set(table["multiplier"]), key=lambda name: -multiplier(name).power_mw)
+    power = sorted(set(table["multiplier"]), key=lambda name: -power_of(name))
     x = alt.X(
         "short:N",
         title="multiplier, cheaper to the right",

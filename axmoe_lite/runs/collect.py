@@ -168,7 +168,7 @@ def _chosen(chapters: list[str], current: bool) -> tuple[list[tuple[Run, float]]
         if state == "finished" and current and run.source != _present_source(run, digests):
             state = OTHER_CODE
         if state == "finished":
-            runs.append((run, datetime.datetime.fromisoformat(ended["ended"]).timestamp()))
+            runs.append((run, _moment(run, ended.get("ended"))))
         else:
             skipped[state] += 1
     if not runs:
@@ -177,13 +177,23 @@ def _chosen(chapters: list[str], current: bool) -> tuple[list[tuple[Run, float]]
     return runs, dict(skipped)
 
 
+def _moment(run: Run, told: object) -> float:
+    try:
+        return datetime.datetime.fromisoformat(told).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{run.folder / 'outcome.json'} says that the run ended at {told!r}, which is no time; delete its folder to"
+            " run it again."
+        ) from None
+
+
 def _chapter(name: str) -> str:
     known = sorted(folder.name for folder in paths.runs_dir().glob("*/") if not folder.name.startswith("."))
     for chapter in known:
         number, _, words = chapter.partition("_")
         if name in (chapter, number, number.lstrip("0"), words):
             return chapter
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"No chapter with runs is called {name!r}.{hint} There are {', '.join(known) or 'none'}.")
 

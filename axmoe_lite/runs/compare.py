@@ -11,6 +11,7 @@ Chapter: 10, "Can a hundred runs be trusted?"
 import difflib
 import json
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -138,7 +139,7 @@ class _Side:
 def _load(source: str, letter: str) -> _Side:
     import pyarrow as pa
 
-    name, *filters = [source] if Path(source).is_file() else re.split(r":(?=\w+=)", source, maxsplit=1)
+    name, *filters = [source] if os.path.isfile(source) else re.split(r":(?=\w+=)", source, maxsplit=1)
     found, keys = _read(name)
     fractions = [field.name for field in found.schema if pa.types.is_floating(field.type)]
     side = _Side(source, letter, found.to_pandas(), fractions, [])
@@ -160,17 +161,21 @@ def _load(source: str, letter: str) -> _Side:
 
 def _read(name: str) -> tuple["pa.Table", dict[str, list[str]]]:
     """The rows of a study or file, and the keys of the studies in it."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path):  # False, too, for a name too long to be one
         path = paths.results_dir() / f"{name}.csv"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = sorted(file.stem for file in paths.results_dir().glob("*.csv"))
         hint = " Choose rows after a colon, as in NAME:column=value." if ":" in name else ""
         raise ValueError(f"No file or study of {paths.results_dir()} is called {name!r}.{_nearest(name, known)}{hint}")
     if path.suffix == ".parquet":
-        return pq.read_table(path), _keys(path)
+        try:
+            return pq.read_table(path), _keys(path)
+        except pa.ArrowException as reason:
+            raise ValueError(f"{path} is not readable as Parquet ({reason}); collect() writes such files.") from reason
     note = studies(path.parent).get(path.stem)
     keys = {path.stem: note["key"]} if note else _keys(path.with_suffix(".parquet"))
     return decoded(typed(read_text(path))), keys
@@ -203,7 +208,7 @@ def _same(text: str, asked: str) -> bool:
 
 
 def _nearest(asked: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(asked, known, n=1, cutoff=0.4)
     shown = ", ".join(name or "(empty)" for name in known[:20]) + (" …" if len(known) > 20 else "")
     return (f" Did you mean {near[0]!r}?" if near else "") + f" There are {shown or 'none'}."
 

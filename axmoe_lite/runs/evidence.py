@@ -25,6 +25,7 @@ from axmoe_lite.datasets import Images
 from axmoe_lite.runs import store
 from axmoe_lite.runs.ledger import is_kept, write_ledger
 from axmoe_lite.runs.notes import locked, take_note
+from axmoe_lite.runs.tables import read_rows
 from axmoe_lite.runs.words import word, words
 
 SCALES = ("quick", "paper")
@@ -199,8 +200,7 @@ def _file(study: str, scale: str) -> Path:
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     for number, row in enumerate(rows, start=2):
         missing = [column for column in EVIDENCE if not row.get(column)]
         if missing:

@@ -6,7 +6,6 @@ code and on what is counted in the rows; the recipe of a network is in the heade
 Chapter: 10, "Can a hundred runs be trusted?"
 """
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from axmoe_lite import paths
 from axmoe_lite.runs import store
 from axmoe_lite.runs.notes import locked, studies
+from axmoe_lite.runs.tables import read_rows
 
 BEGIN = "<!-- ledger: begin (generated; edit the about texts in results/studies.json) -->"
 END = "<!-- ledger: end -->"
@@ -75,13 +75,14 @@ def _told(file: Path, note: dict) -> tuple[str, ...]:
 
 
 def _counted(file: Path) -> tuple[str, ...]:
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
+    rows = read_rows(file)
 
     def values(column: str) -> list[str]:
         return list(dict.fromkeys(row.get(column) or "?" for row in rows))
 
     number = f"{len(rows):,}" + "".join(f", {scale}!" for scale in values("scale") if scale != "paper")
+    if wrong := [row["n_test"] for row in rows if row.get("n_test") and not row["n_test"].isdecimal()]:
+        raise ValueError(f"{file} has n_test {wrong[0]!r}; it is a whole number of images. Mend the row.")
     images = [f"{row.get('dataset')}, {int(row.get('n_test') or 0):,} images" for row in rows]
     measured_on = "random numbers" if set(values("dataset")) == {"random numbers"} else _some(dict.fromkeys(images))
     dates = sorted(values("date"))

@@ -5,6 +5,7 @@ Chapter: 10, "Can a hundred runs be trusted?"
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 from axmoe_lite import paths
@@ -36,8 +37,8 @@ def find(chapter: str | Path) -> Path:
         number, _, name = path.stem.partition("_")
         if asked in (number, number.lstrip("0") or "0", name, path.stem):
             return path
-    for path in (Path(asked).expanduser(), paths.book_dir().parent / asked, paths.book_dir() / asked):
-        if path.suffix == ".ipynb" and path.is_file():
+    for path in (Path(os.path.expanduser(asked)), paths.book_dir().parent / asked, paths.book_dir() / asked):
+        if path.suffix == ".ipynb" and os.path.isfile(path):  # False, too, for a name too long to be one
             return path.resolve()
     problem = f"{asked!r} is no chapter and no notebook on disk."
     if not there:
@@ -63,8 +64,24 @@ def load(notebook: Path) -> dict:
         content = json.loads(Path(notebook).read_text(encoding="utf-8"))
     except OSError as problem:
         raise ValueError(f"{notebook} cannot be read: {problem.strerror}.") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{notebook} is no notebook: it is not JSON ({problem}).") from None
     if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
         raise ValueError(f"{notebook} is no notebook of format 4: it has no cells. Open it in JupyterLab and save it.")
+    for number, cell in enumerate(content["cells"], start=1):
+        if not _is_cell(cell):
+            raise ValueError(
+                f"{notebook} is no notebook of format 4: its cell {number} has no type, no source, or metadata that are"
+                " none. Open it in JupyterLab and save it."
+            )
     return content
+
+
+def _is_cell(cell: object) -> bool:
+    if not isinstance(cell, dict) or not isinstance(cell.get("cell_type"), str):
+        return False
+    source, metadata = cell.get("source"), cell.get("metadata", {})
+    lines = isinstance(source, list) and all(isinstance(line, str) for line in source)
+    return (
+        (isinstance(source, str) or lines) and isinstance(metadata, dict) and isinstance(metadata.get("tags", []), list)
+    )

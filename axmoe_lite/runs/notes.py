@@ -20,15 +20,30 @@ def studies(folder: Path) -> dict[str, dict]:
     """What is known of the studies in a folder: name -> ``{"key": [columns], "about": "…", "made_by": "…"}``.
 
     Raises:
-        ValueError: if the file is no JSON.
+        ValueError: if the file is no JSON, or what it tells of a study is not of this form.
     """
     path = Path(folder) / NOTES
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as reason:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as reason:
         raise ValueError(f"{path} is not readable as JSON ({reason}); correct it by hand.") from reason
+    if not isinstance(told, dict):
+        raise ValueError(f"{path} holds no studies by name but a {type(told).__name__}; correct it by hand.")
+    for study, note in told.items():
+        if not _is_note(note):
+            raise ValueError(
+                f'{path} tells of {study!r} {str(note)[:80]}; a study has its "key", a list of columns, and may have'
+                ' "about" and "made_by" in words. Correct it by hand.'
+            )
+    return told
+
+
+def _is_note(note: object) -> bool:
+    key = note.get("key") if isinstance(note, dict) else None
+    named = isinstance(key, list) and key and all(isinstance(column, str) for column in key)
+    return bool(named) and all(isinstance(note.get(name, ""), str) for name in ("about", "made_by"))
 
 
 def take_note(path: Path, scale: str, note: dict) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 
 from axmoe_lite.multipliers import multiplier, pinned
 from axmoe_lite.runs.notebooks import chapters, find, load, no_book
-from axmoe_lite.runs.words import Value, entries, split, typed, unquoted, word, words
+from axmoe_lite.runs.words import MOST, Value, entries, split, typed, unquoted, word, words
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
@@ -188,6 +188,10 @@ def _assignments(source: str) -> list[tuple[str, Value, int, int]]:
         statements = ast.parse(source).body
     except SyntaxError as problem:
         raise ValueError(f"line {problem.lineno} is not Python ({problem.msg}).") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(
+            "it is nested too deep to be read; a value is a number, text, True, False or a list."
+        ) from None
     found = []
     for statement in statements:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -196,7 +200,7 @@ def _assignments(source: str) -> list[tuple[str, Value, int, int]]:
             raise ValueError(f"line {statement.lineno} is not of the form name = value  # comment.")
         try:
             value = _literal(statement.value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError, MemoryError):
             raise ValueError(
                 f"line {statement.lineno} computes {targets[0].id} ({ast.unparse(statement.value)}); write the value"
                 " itself, and compute in a later cell."
@@ -323,7 +327,7 @@ def grid(values: dict[str, list]) -> list[dict]:
     """All combinations of the values, the last name changing fastest.
 
     Raises:
-        ValueError: for a name without values, or whose values are no list.
+        ValueError: for a name without values, or whose values are no list, and for more combinations than a million.
 
     >>> grid({"circuit": ["drum(4)", "roba()"], "seed": [0, 1]})[:3]
     [{'circuit': 'drum(4)', 'seed': 0}, {'circuit': 'drum(4)', 'seed': 1}, {'circuit': 'roba()', 'seed': 0}]
@@ -331,6 +335,9 @@ def grid(values: dict[str, list]) -> list[dict]:
     for name, several in values.items():
         if not isinstance(several, list) or not several:
             raise ValueError(f"The values of {name} are {several!r}; a grid needs a list of at least one.")
+    if (n := math.prod(map(len, values.values()))) > MOST:  # before the memory is full of them
+        each = ", ".join(f"{len(several):,} of {name}" for name, several in values.items())
+        raise ValueError(f"The values ({each}) make {n:,} combinations; 1 to {MOST:,} can be: give fewer values.")
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 

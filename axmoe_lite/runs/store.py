@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from axmoe_lite import __version__, paths
 
 STATES = ("new", "running", "interrupted", "failed", "finished")
+ENDED = STATES[-2:]
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,29 @@ def outcome(run: Run) -> dict:
     """How a run ended: ``state``, ``reason``, ``seconds``, ``started``, ``ended``, ``host``, ``attempts``, ``peak_mb``.
 
     Empty if it has not ended.
+
+    Raises:
+        ValueError: if the file does not say how.
     """
-    return read_json(run.folder / "outcome.json")
+    told = read_json(file := run.folder / "outcome.json")
+    if told and told.get("state") not in ENDED:
+        raise ValueError(
+            f"{file} says that the run ended {told.get('state')!r}; it can be {' or '.join(map(repr, ENDED))}. Delete"
+            " its folder to run it again."
+        )
+    return told
 
 
 def all_runs(chapter: str = "") -> Iterator[Run]:
     """The runs that have a folder, in the order of their names; of one chapter if it is named."""
     for file in sorted(paths.runs_dir().glob(f"{chapter or '*'}/*/run.json")):
         told = read_json(file)
-        if told:
-            yield Run(told["chapter"], told["parameters"], told["source"])
+        run = Run(*(told.get(name) for name in ("chapter", "parameters", "source")))
+        if run.folder != file.parent:  # a name is missing or was changed; files would be looked for elsewhere
+            raise ValueError(
+                f"{file} does not say which run this is, {run.id} says it; delete its folder to run it again."
+            )
+        yield run
 
 
 def begin(run: Run, *, notebook: str, made_by: str = "") -> None:
@@ -166,7 +180,7 @@ def source_digest(notebook: Path | str) -> str:
     code = [
         "".join(cell["source"])
         for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "parameters" not in cell.get("metadata", {}).get("tags", [])
     ]
     return _digest(package_digest(), *map(bare_code, code))
 
@@ -194,7 +208,7 @@ def bare_code(code: str) -> str:
     """Code without docstrings, comments and layout; as it is, if Python cannot read it (a notebook's ``%magic``)."""
     try:
         tree = ast.parse(code)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a NUL; a thousand brackets
         return code.strip()
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -240,11 +254,16 @@ def read_json(path: Path) -> dict:
         ValueError: if it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as reason:
+    except (ValueError, RecursionError) as reason:
         raise ValueError(f"{path} is not readable as JSON ({reason}); delete its folder to run it again.") from reason
+    if not isinstance(told, dict):
+        raise ValueError(
+            f"{path} holds no names and values but a {type(told).__name__}; delete its folder to run it again."
+        )
+    return told
 
 
 def _held(path: Path) -> bool:

@@ -87,10 +87,11 @@ def sweep(
         ImportError: without Dask, for more than one worker.
         ConnectionError: if no scheduler answers, or it has no workers, or workers have other code.
     """
+    _check_numbers(workers=workers, threads=threads, minutes=minutes, memory_gb=memory_gb)
+    paths.runs_dir()  # refuses an AXMOE_HOME that can be no folder
     notebook = find(chapter)
     known = parameters(notebook)
     grid = [check(known, chosen) for chosen in every(given or {})]
-    _check_numbers(workers=workers, threads=threads, minutes=minutes, memory_gb=memory_gb)
     threads = threads or (1 if scheduler else max(1, cores() // workers))
     works = plan(notebook, grid, threads=threads, retry=retry, minutes=minutes, memory_gb=memory_gb)
     if any_source:
@@ -209,7 +210,7 @@ def _outcomes(
         finally:
             execute.stop_all()
         return
-    with _client(scheduler, workers=workers) as client:
+    with _client(scheduler, workers=min(workers, len(works))) as client:
         _check_workers(client, works[0].package)
         yield from _through(client, works, perform)
 
@@ -302,5 +303,5 @@ def _check_numbers(*, workers: int, threads: int, minutes: float, memory_gb: flo
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least 1 is needed.")
     for name, value in (("threads", threads), ("minutes", minutes), ("memory_gb", memory_gb)):
-        if value < 0:
+        if not 0 <= value < math.inf:  # no number is none of them
             raise ValueError(f"{name} is {value}; it is positive, or 0 for no limit of ours.")

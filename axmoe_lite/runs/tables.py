@@ -23,6 +23,35 @@ BOOLEAN = "^(True|False|true|false)$"
 BATCH = 65_536  # rows that are turned into plain text at a time, while a file is written
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file row by row, every value as text.
+
+    Raises:
+        ValueError: as :func:`read_text`; names the file and the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet marks its UTF-8 in front
+            lines = csv.reader(file, strict=True)
+            names = _check_names(path, next(lines, []))
+            rows = []
+            for cells in filter(None, lines):
+                if len(cells) != len(names):
+                    raise ValueError(
+                        f"{path}, line {lines.line_num}: {len(cells)} cells, and the first line names {len(names)}"
+                        " columns; take the file from the repository again, or mend the line."
+                    )
+                rows.append(dict(zip(names, cells, strict=True)))
+            return rows
+    except (csv.Error, UnicodeDecodeError) as reason:
+        raise ValueError(f"{path} is not readable as CSV in UTF-8 ({reason}); write rows with record().") from reason
+
+
+def _check_names(path: Path, names: list[str]) -> list[str]:
+    if not names or len(set(names)) < len(names) or "" in names:
+        raise ValueError(f"{path}: its first line should name the columns, each differently; it has {names}.")
+    return names
+
+
 def read_text(path: Path) -> "pa.Table":
     """A CSV file with every column as text, dictionary-encoded.
 
@@ -32,10 +61,11 @@ def read_text(path: Path) -> "pa.Table":
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
-    with path.open(newline="", encoding="utf-8") as file:
-        names = next(csv.reader(file), [])
-    if not names or len(set(names)) < len(names) or "" in names:
-        raise ValueError(f"{path}: its first line should name the columns, each differently; it has {names}.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = _check_names(path, next(csv.reader(file, strict=True), []))
+    except (csv.Error, UnicodeDecodeError) as reason:
+        raise ValueError(f"{path} is not readable as CSV in UTF-8 ({reason}); write rows with record().") from reason
     text = pa.dictionary(pa.int32(), pa.string())
     options = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(names, text), null_values=[""], strings_can_be_null=True

@@ -9,7 +9,7 @@ Chapter: 10, "Can a hundred runs be trusted?"
 import re
 
 Value = int | float | str | bool | list
-MOST = 1_000_000  # numbers that one range may stand for
+MOST = 1_000_000  # numbers that one range may stand for, and combinations of a grid
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", flags=re.I)
 _SPAN = re.compile(r"([+-]?[0-9]+)\.\.([+-]?[0-9]+)")

@@ -31,6 +31,7 @@ from torch import nn
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.multipliers import EXACT, multiplier
+from axmoe_lite.multipliers.catalogue import power_of
 from axmoe_lite.search import fronts
 from axmoe_lite.search.space import catalogue, check_groups
 from axmoe_lite.search.trial import assignment_digest
@@ -120,15 +121,15 @@ def put(
             raise ValueError(f"Part {part!r} has no place; give each of {', '.join(parts)} a core type.")
         moe.check_option(f"The place of {part!r}", places[part], tuple(known))
     where = {layer: known[places[part]] for part, layers in parts.items() for layer in layers}
-    chosen = {layer: multiplier(name) for layer, name in assignment.items()}
+    chosen = {layer: power_of(name) for layer, name in assignment.items()}
     lost = [layer for layer in chosen if layer not in macs.layers]
     if lost:
         raise ValueError(f"The assignment names layer {lost[0]!r}; counted were {', '.join(macs.layers)}.")
-    load, energy, exact = dict.fromkeys(known, 0.0), 0.0, multiplier(EXACT)
+    load, energy, exact = dict.fromkeys(known, 0.0), 0.0, power_of(EXACT)
     for layer, counted in macs.layers.items():
         core = where.get(layer, cores[0])
         load[core.name] += counted.executed / core.macs_per_s
-        power = chosen.get(layer, exact).power_mw / exact.power_mw
+        power = chosen.get(layer, exact) / exact
         energy += counted.executed * core.energy * (share * power + 1 - share)
     return Placed(
         places={part: places[part] for part in parts},

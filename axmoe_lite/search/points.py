@@ -144,7 +144,11 @@ def operating_points(
 def _check_assignments(network: nn.Module, assignments: Sequence[Mapping[str, str]]) -> None:
     if assignment_of(network):
         raise ValueError(f"This {type(network).__name__} has approximate layers already; restore() it before.")
-    if isinstance(assignments, Mapping) or not len(assignments) or not all(assignments):
+    if (
+        isinstance(assignments, Mapping)
+        or not len(assignments)
+        or not all(a and isinstance(a, Mapping) for a in assignments)
+    ):
         raise ValueError("assignments must be a list of dicts from layers to multipliers, one or more, none empty.")
     known = approximable(network)
     for p, one in enumerate(assignments):

@@ -185,7 +185,7 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError, with the nearest name, for a name that is not among the known ones."""
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"No {kind} is called {name!r}.{hint} There are {', '.join(known) or 'none'}.")
 

@@ -70,6 +70,9 @@ def measure(
         ValueError: by the call itself, before anything is measured: for a multiplier, layer or regime that does not
             exist, a multiplier without a power, or a network that is approximate already.
     """
+    for what, given in (("multipliers", multipliers), ("regimes", regimes), ("layers", layers)):
+        if isinstance(given, str) or (what == "multipliers" and not isinstance(given, Iterable)):
+            raise ValueError(f"{what} is {given!r}; give a list of names, such as [{str(given)!r}].")
     names, known = list(multipliers), set(skip)
     tables = {name: None if name == "float32" else multiplier(name) for name in names}
     if assignment_of(network):
@@ -79,8 +82,8 @@ def measure(
     layers = default_layers(network) if layers is None else list(layers)
     for name in layers:
         check_known("layer", name, approximable(network))
-    if retrain_epochs < 0:
-        raise ValueError(f"retrain_epochs is {retrain_epochs}; it is at least 0, and 0 retrains nothing.")
+    if type(retrain_epochs) is not int or retrain_epochs < 0:
+        raise ValueError(f"retrain_epochs is {retrain_epochs!r}; it is at least 0, and 0 retrains nothing.")
     regimes = ["not retrained", "retrained"] if regimes is None else list(regimes)
     for regime in (*regimes, *(regime for _, regime in known)):
         check_known("regime", regime, REGIMES)

@@ -194,7 +194,7 @@ def _epochs(
 
 
 def _check_options(epochs: int, lr: float, batch_size: int) -> None:
-    if epochs < 0 or batch_size < 1 or not lr > 0:
+    if type(epochs) is not int or epochs < 0 or batch_size < 1 or not lr > 0:
         raise ValueError(
             f"fit() was asked for epochs = {epochs}, batch_size = {batch_size}, lr = {lr};"
             " epochs must be at least 0, batch_size at least 1, and lr positive."

@@ -41,6 +41,8 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 250, progress
 
     The model is in evaluation mode during the call, and each of its modules in its own mode after it.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 image is answered at a time.")
     check_fits(model, images)
     device, guesses = next(model.parameters()).device, []
     with evaluating(model):

@@ -87,7 +87,7 @@ def _studied(row: dict) -> dict:
 
 
 def _untrained(row: dict) -> bool:
-    here = row.get("topology", "dense") == "dense" and row["seed"] == "0" and row["network"] == "resnet20"
+    here = row.get("topology", "dense") == "dense" and row["seed"] == "0" and row.get("network") == "resnet20"
     return here and row.get("regime", "") in ("not retrained", "bias corrected", "norms refreshed")
 
 
@@ -133,11 +133,22 @@ def possible(names: Iterable[str] = ()) -> tuple[dict[str, list[dict]], dict[str
             reasons[name] = "its networks were trained for hours and are not committed, or it tells a machine's time"
         elif STUDIES[name].photographs and not _photographs().exists():
             reasons[name] = f"its photographs are not here: {_photographs()} (datasets.cifar100() fetches them)"
-        elif found := [row for row in runs.read(name) if STUDIES[name].fits(row)]:
+        elif found := [row for row in _complete(name) if STUDIES[name].fits(row)]:
             rows[name] = found
         else:
             reasons[name] = "none of its rows can be measured without training"
     return rows, reasons
+
+
+def _complete(name: str) -> list[dict]:
+    """The rows of a study, if they have the columns that measuring them again needs."""
+    rows, how = runs.read(name), STUDIES[name]
+    if missing := [column for column in (*how.key, *how.allowed) if rows and column not in rows[0]]:
+        raise ValueError(
+            f"{paths.results_dir() / name}.csv has no column {', '.join(missing)}; its rows cannot be compared. Take"
+            " the file from the repository again."
+        )
+    return rows
 
 
 def _photographs() -> Path:
