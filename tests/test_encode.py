@@ -23,6 +23,8 @@ from axmoe_lite.kernels.encode import (
 )
 from axmoe_lite.layers import ApproxConv2d, ApproxLinear
 
+evidence = pytest.mark.trust("law", "bytes of operands: the compiled passes against plain torch")
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="without numba there is one path")
 
 
@@ -126,6 +128,7 @@ def test_terms_stand_side_by_side_in_their_group(compiled, monkeypatch):
 # ------------------------------------------------------------------------------- both paths agree
 
 
+@evidence
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 128])
@@ -149,6 +152,7 @@ def test_factors_that_lie_transposed_in_memory():
         assert torch.equal(encode(codes, held, side), small.T.to(torch.int8))
 
 
+@evidence
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("groups,channels", [(1, 7), (2, 6), (2, 16), (3, 24), (23, 23), (5, 115)])
 @pytest.mark.parametrize("offset", [0, 128])
@@ -162,6 +166,7 @@ def test_encoded_codes_in_groups(name, groups, channels, offset, side, both, dra
     assert same(fast[0], slow[0]) and fast[0].dtype == torch.uint8
 
 
+@evidence
 @pytest.mark.parametrize("name", FACTORS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("signed", [False, True])
@@ -208,6 +213,7 @@ def test_every_kind_of_nan_has_code_zero():
     assert nans.isnan().all() and codes_of(nans, 1.0).tolist() == [0, 0, 0, 0]
 
 
+@evidence
 @pytest.mark.parametrize("inverse", [1.0, 2.0, float(np.float32(1 / 0.37)), 1e-30, 1e30])
 @pytest.mark.parametrize("least", [-127, 0])
 def test_codes(inverse, least, both):
@@ -216,6 +222,7 @@ def test_codes(inverse, least, both):
         assert same(fast[0], slow[0])
 
 
+@evidence
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.37, 1e-30, 3e30])
 def test_round_trips(scale, both):
     for x in (awkward(1), awkward(115), awkward(2, 23), awkward(3, 4, 5, 6), awkward(70_001)):
@@ -227,6 +234,7 @@ def test_round_trips(scale, both):
         assert torch.equal(fast[0], codes_of(x, inverse).float() * torch.tensor(scale))
 
 
+@evidence
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30])
 def test_clearing(scale, both):
     for shape in ((1,), (115,), (2, 23), (3, 4, 5, 6), (70_001,)):
@@ -244,6 +252,7 @@ def test_clearing(scale, both):
         assert same(clear_outside(grad.clone(), x, scale), fast[0]), "without notes"
 
 
+@evidence
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_in_bfloat16(scale, dtype, both):
@@ -260,6 +269,7 @@ def test_codes_in_bfloat16(scale, dtype, both):
             assert codes_in_bfloat16(x, scale)[0].stride() == x.stride()
 
 
+@evidence
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30])
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("of_grad", [torch.float32, torch.bfloat16], ids=str)

@@ -9,6 +9,8 @@ from axmoe_lite import EVOAPPROX, Multiplier, exact_arithmetic, factorise, multi
 from axmoe_lite.factors import Factors, masked, rank_lower_bound
 from axmoe_lite.multipliers import exact_table
 
+evidence = pytest.mark.trust("law", "factors multiplied out: the table")
+
 RANKS = dict(zip(EVOAPPROX, (1, 3, 4, 5, 1, 3, 4, 1, 4, 1, 1, 1, 1), strict=True))
 
 
@@ -25,6 +27,7 @@ def test_the_thirteen_have_their_published_rank_in_masks(name):
     assert torch.equal(by_masks, multiplier(name).table.long())
 
 
+@evidence
 @pytest.mark.parametrize(
     "name,rank",
     [("drum(4)", 1), ("pr(1,2)", 1), ("roba()", 2), ("roup(0,4)", 3), ("mitchell()", 64), ("broken_array(8,0,0)", 0)],
@@ -35,6 +38,7 @@ def test_ranks_of_families(name, rank):
     assert torch.equal(factors.u.long().T @ factors.v.long(), multiplier(name).table.long())
 
 
+@evidence
 def test_every_broken_array_is_masks():
     for drop_a in range(0, 9, 2):
         for drop_b in range(0, 9, 3):
@@ -45,6 +49,7 @@ def test_every_broken_array_is_masks():
                 assert factors.masks is not None and factors.rank == len(kept)
 
 
+@evidence
 @settings(max_examples=25, deadline=None)
 @given(rank=st.integers(1, 6), largest=st.integers(1, 60), seed=st.integers(0, 2**31))
 def test_any_low_rank_table(rank, largest, seed):
@@ -56,6 +61,7 @@ def test_any_low_rank_table(rank, largest, seed):
     assert torch.equal(factors.u.T @ factors.v, u @ v)
 
 
+@evidence
 def test_high_ranks_stay_exact():
     generator = torch.Generator().manual_seed(0)
     for rank in (9, 20, 65, 256):

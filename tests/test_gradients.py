@@ -14,6 +14,8 @@ from torch import nn
 from axmoe_lite import EXACT, approximate, assignment_of, layers, models, multiplier, restore
 from axmoe_lite.quant import fake_quantise, quantise, weight_scale
 
+evidence = pytest.mark.trust("law", "gradients: against autograd, and loops over the table")
+
 WINDOW = 4
 
 
@@ -55,6 +57,7 @@ CONVOLUTIONS = [
 ]
 
 
+@evidence
 @pytest.mark.parametrize("name", [EXACT, "mul8s_1L2L", "drum(4)"])
 @pytest.mark.parametrize("shape,out,kernel,options", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -81,6 +84,7 @@ def test_convolutions_pass_straight_through(name, shape, out, kernel, options, p
     assert not found[0][clipped].any() and (shape[1] == 1 or clipped.any())
 
 
+@evidence
 @pytest.mark.parametrize("shape", [(1, 1), (23, 5), (2, 3, 115), (2, 1, 4, 3), (5,)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_layers_pass_straight_through(shape, bias):
@@ -100,6 +104,7 @@ def test_linear_layers_pass_straight_through(shape, bias):
         assert_close(ours, theirs)
 
 
+@evidence
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_of_activations_pass_straight_through(batch, turned):
@@ -208,6 +213,7 @@ def tables_of_slopes():
     return {name: [slope_by_loop(multiplier(name).table, operand) for operand in "ab"] for name in names}
 
 
+@evidence
 @pytest.mark.parametrize("name", ["mul8s_1L2J", "mul8s_1KVA", "drum(4)", "swap:mul8s_1KXF"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_smoothed_linear_gradients_equal_a_loop_over_the_table(name, per_channel, tables_of_slopes):
@@ -233,6 +239,7 @@ def test_smoothed_linear_gradients_equal_a_loop_over_the_table(name, per_channel
     assert_close(found[2], grad.sum((0, 1)))
 
 
+@evidence
 @pytest.mark.parametrize("name", ["mul8s_1L2J", "mul8s_1KVA", "drum(4)"])
 @pytest.mark.parametrize(
     "options", [{"padding": 1}, {"stride": 2, "groups": 2, "padding": (0, 1), "bias": False}], ids=str
@@ -265,6 +272,7 @@ def test_smoothed_convolutions_are_smoothed_products_of_patches(name, options):
         assert_close(ours, theirs)
 
 
+@evidence
 @pytest.mark.parametrize("name", ["mul8s_1L2J", "mul8s_1KVA"])
 def test_smoothed_products_of_activations_equal_a_loop(name, tables_of_slopes):
     layer = layer_of(layers.Matmul(), name, [0.01, 0.02], gradient="smoothed")
@@ -474,6 +482,7 @@ def test_only_training_in_bfloat16_rounds(context):
             assert torch.equal(one, two)
 
 
+@evidence
 def test_without_autocast_gradients_are_those_of_plain_torch_in_every_bit():
     # Straight-through in float32 is one call of torch on dequantised operands; mixed precision may not change a bit.
     (conv, (x,)), (linear, (rows,)), (product, (a, b)) = cases_of_all_kinds()

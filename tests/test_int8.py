@@ -10,6 +10,8 @@ import torch
 from axmoe_lite import EXACT, conv2d, kernels, matmul, multiplier
 from axmoe_lite.kernels import int8, reference
 
+evidence = pytest.mark.trust("law", "int8 units: shapes and sums that libraries get wrong")
+
 TABLE = multiplier(EXACT).table
 needs_units = pytest.mark.skipif(not int8.available(), reason="this processor's int8 units are not used")
 
@@ -87,6 +89,7 @@ def operands(shape, out, kernel, options, offset, draw):
     return x, weight, options
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("case", CONVOLUTIONS + MISTAKEN, ids=str)
 @pytest.mark.parametrize("offset", [0, 128])
@@ -103,6 +106,7 @@ def test_convolutions_hand_out_the_law(case, offset, ceiling, draw, numbers):
         assert found.dtype == torch.float32 and torch.equal(found, y)
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("case", CONVOLUTIONS + MISTAKEN, ids=str)
 @pytest.mark.parametrize("offset", [0, 128])
@@ -140,6 +144,7 @@ def test_codes_stop_at_127_and_at_the_ceiling():
         assert codes == [min(2 * n, most) for n in range(128)]
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("case", CONVOLUTIONS + MISTAKEN, ids=str)
 @pytest.mark.parametrize("ceiling", [None, torch.inf])
@@ -167,6 +172,7 @@ def test_many_image_sizes_through_one_convolution(draw, numbers):
     assert len(packed._packed) <= 4
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("case", MISTAKEN, ids=str)
 @pytest.mark.parametrize("offset", [0, 128])
@@ -204,6 +210,7 @@ def test_a_border_as_wide_as_the_kernel():
 # ------------------------------------------------------------------------------ linear layers
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("shape", [(1, 1), (2, 23), (115, 1), (23, 115), (2, 3, 23), (1, 2, 5, 64), (1, 1, 1)])
 @pytest.mark.parametrize("out", [1, 2, 23])
@@ -221,6 +228,7 @@ def test_linear_layers_hand_out_the_law(shape, out, offset, relu, draw, numbers)
 # ------------------------------------------------------------------------------- large sums
 
 
+@evidence
 @needs_units
 @pytest.mark.parametrize("a,b", [(127, 127), (127, -128), (126, 127), (1, -127)])
 def test_sums_beyond_what_a_float32_holds_are_rounded_once(a, b):
@@ -275,6 +283,7 @@ def test_images_whose_sums_do_not_fit_take_another_way_to_the_same_bits():
 # ------------------------------------------------------------------------------ plain products
 
 
+@evidence
 @pytest.mark.parametrize("m", [1, 2, 23])
 @pytest.mark.parametrize("k", [1, 2, 115])
 @pytest.mark.parametrize("n", [1, 2, 23])

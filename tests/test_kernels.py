@@ -12,6 +12,8 @@ from axmoe_lite.factors import HIGHEST_MINIMAL_RANK
 from axmoe_lite.kernels import factored, lookup, reference
 from axmoe_lite.multipliers import exact_table
 
+evidence = pytest.mark.trust("law", "kernels: shapes and operands chosen to break them")
+
 NAMES = [*EVOAPPROX, "drum(4)", "roba()", "roup(0,4)", "pr(1,2)", "swap:mul8s_1KXF", "broken_array(8,0,0)"]
 
 
@@ -66,6 +68,7 @@ def test_two_writings_of_the_law_agree(draw):
 # --------------------------------------------------------------------------------- the fast paths
 
 
+@evidence
 @pytest.mark.parametrize("path", ["factored", "lookup"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 23, 115), (115, 1, 2), (23, 115, 1)])
@@ -84,6 +87,7 @@ OPTIONS = [
 ]
 
 
+@evidence
 @pytest.mark.parametrize("path", ["factored", "lookup"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -93,6 +97,7 @@ def test_conv2d_is_the_law(path, name, options, draw):
     assert torch.equal(conv2d(x, w, m, path=path, **options), conv2d(x, w, m, path="reference", **options))
 
 
+@evidence
 @pytest.mark.parametrize("name", ["mul8s_1KV6", "mul8s_1KVA", "drum(4)"])
 @pytest.mark.parametrize("channels", [113, 114, 230])
 def test_fan_ins_around_the_chunk(name, channels, draw):
@@ -103,6 +108,7 @@ def test_fan_ins_around_the_chunk(name, channels, draw):
         assert torch.equal(conv2d(x, w, m, path="factored"), conv2d(x, w, m, path="reference"))
 
 
+@evidence
 @pytest.mark.parametrize("fan_in", [1, 1024, 1025, 4608, 20_000])
 def test_adversarial_operands(fan_in):
     alternating = torch.tensor([-128, 127], dtype=torch.int8).repeat(fan_in)[:fan_in]
@@ -140,6 +146,7 @@ def paths(m: Multiplier, fan_in: int, together: int) -> list[str]:
     return ["auto", "lookup"] + ["factored"] * possible
 
 
+@evidence
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rank=st.sampled_from(RANKS),
@@ -171,6 +178,7 @@ def convolutions(draw_from):
     return (draw_from(small), groups * per_group, *size), (groups * out, per_group, *kernel), options
 
 
+@evidence
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from([*NAMES, "mitchell()"]),
@@ -189,6 +197,7 @@ def test_convolutions_with_any_options(name, case, fills, seed):
 def convolutions_with_random_tables(fills: st.SearchStrategy):
     """A test over tables of all ranks, their errors at code 0 among them, and images of the given kinds."""
 
+    @evidence
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         rank=st.sampled_from(RANKS),
@@ -214,6 +223,7 @@ test_unsigned_images_with_random_tables = convolutions_with_random_tables(
 )
 
 
+@evidence
 @pytest.mark.parametrize("path", ["auto", "factored", "lookup", "reference"])
 @pytest.mark.parametrize("name", ["mul8s_1L2J", "mul8s_1KVA", "roba()"])
 @pytest.mark.parametrize("batch", [(1,), (3,), (2, 5), (2, 1, 3)])
@@ -227,6 +237,7 @@ def test_batches_of_products_are_products(path, name, batch, shape, draw):
     assert all(torch.equal(y, matmul(x, w, m, path="reference")) for x, w, y in pairs)
 
 
+@evidence
 @pytest.mark.parametrize("path", ["auto", "factored", "lookup"])
 def test_batches_of_long_sums(path):
     # 2,000 products of 127 * 127 are 32,258,000, beyond 2^24: a batch is cut, or multiplied pair by pair.
@@ -237,6 +248,7 @@ def test_batches_of_long_sums(path):
     assert found[1, 2].tolist() == [32_258_000 - 127, 32_258_000 - 127, 32_258_000 - 127 * 127 + 126 * 126]
 
 
+@evidence
 @pytest.mark.parametrize("path", ["auto", "factored", "lookup", "reference"])
 @pytest.mark.parametrize("shapes", [((0, 3), (3, 2)), ((2, 0), (0, 3)), ((0, 2, 3), (0, 3, 1)), ((4, 2, 0), (4, 0, 3))])
 def test_products_of_nothing(path, shapes):
@@ -291,6 +303,7 @@ def test_the_crossover_is_measured_once():
     assert kernels.ALWAYS_FACTORED <= kernels.crossover_rank("int8") <= HIGHEST_MINIMAL_RANK
 
 
+@evidence
 def test_padding_goes_through_the_table(draw):
     # M(0, b) = b: every padded pixel adds its weight. Fast paths that pad with a factor of 0 miss that.
     m = Multiplier("errs at zero", exact_table() + torch.arange(-128, 128, dtype=torch.int32)[None, :])
@@ -301,6 +314,7 @@ def test_padding_goes_through_the_table(draw):
     assert torch.equal(fast, conv2d(x, w, m, padding=1, groups=2, path="reference"))
 
 
+@evidence
 def test_channels_last_and_strided_inputs(draw):
     m, x, w = multiplier("mul8s_1KVA"), draw(2, 6, 10, 8), draw(4, 6, 3, 3)
     law = conv2d(x, w, m, path="reference")
@@ -309,6 +323,7 @@ def test_channels_last_and_strided_inputs(draw):
     assert torch.equal(conv2d(wide[:, :, ::2], w, m), conv2d(wide[:, :, ::2].clone(), w, m, path="reference"))
 
 
+@evidence
 def test_exact_under_autocast_and_lowered_precision(draw):
     # bfloat16 holds 8 bits: without care, a user's autocast would round the sums.
     m, x, w = multiplier("mul8s_1L2J"), draw(2, 64, 6, 6), draw(8, 64, 3, 3)

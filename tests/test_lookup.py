@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from axmoe_lite.kernels import lookup, reference
 
+evidence = pytest.mark.trust("law", "looking up: tables and operands chosen to break it")
+
 PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 POSSIBLE = [name for name in lookup.BACKENDS if name not in lookup._obstacles()]
 
@@ -57,6 +59,7 @@ def test_sentinels_prove_which_operand_is_the_row(backend):
     assert lookup.conv2d(low[None, None], high[None, None], table, **PLAIN).item() == 5
 
 
+@evidence
 def test_every_entry_is_found(backend):
     # All 65,536 pairs, one product each.
     operands = torch.arange(-128, 128).to(torch.int8)
@@ -65,6 +68,7 @@ def test_every_entry_is_found(backend):
     assert torch.equal(lookup.matmul(operands[128:, None], operands[None, :], table), table[128:])
 
 
+@evidence
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 23, 115), (115, 1, 2), (23, 115, 1), (300, 23, 17), (261, 2, 33)])
 @pytest.mark.parametrize("least", [-128, -1, 0], ids=["signed", "barely_signed", "positive"])
 def test_matmul_is_the_law(backend, shape, least, draw):
@@ -72,6 +76,7 @@ def test_matmul_is_the_law(backend, shape, least, draw):
     assert agree(draw(m, k).clamp(min=least), draw(k, n), random_table())
 
 
+@evidence
 @pytest.mark.parametrize("m,k,n", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)])
 def test_matmul_of_nothing(backend, m, k, n):
     a, b = torch.zeros(m, k, dtype=torch.int8), torch.zeros(k, n, dtype=torch.int8)
@@ -91,6 +96,7 @@ OPTIONS = [
 ]
 
 
+@evidence
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kernel", [(3, 2), (1, 1)], ids=str)
 def test_conv2d_is_the_law(backend, options, kernel, draw):
@@ -100,6 +106,7 @@ def test_conv2d_is_the_law(backend, options, kernel, draw):
     assert conv_agrees(x.clamp(min=-1), weight, random_table(), **options)
 
 
+@evidence
 def test_convolutions_wide_enough_for_tiles(backend, draw):
     # 17 outputs in one group are a tile and one more; 23 x 23 positions are two panels and a rest.
     assert conv_agrees(draw(1, 4, 23, 23), draw(17, 4, 3, 3), random_table(), padding=(1, 1))
@@ -107,6 +114,7 @@ def test_convolutions_wide_enough_for_tiles(backend, draw):
     assert conv_agrees(draw(1, 4, 23, 23), draw(4, 1, 3, 3), random_table(), groups=4)
 
 
+@evidence
 def test_images_in_several_parts(backend, draw, monkeypatch):
     monkeypatch.setattr(lookup, "TEMPORARY", 20_000)
     for batch in (1, 2, 7):  # 7 images in parts of a few, and a smaller part at the end
@@ -121,6 +129,7 @@ def test_padding_goes_through_the_table(backend, draw):
     assert conv_agrees(draw(2, 2, 5, 5), draw(3, 2, 3, 3), table, padding=(2, 2))
 
 
+@evidence
 def test_any_layout_of_the_operands(backend, draw):
     table = random_table()
     x, weight = draw(2, 6, 20, 8), draw(4, 6, 3, 3)
@@ -132,6 +141,7 @@ def test_any_layout_of_the_operands(backend, draw):
     assert agree(draw(1, 40).expand(7, 40), b, table.T)
 
 
+@evidence
 @pytest.mark.parametrize("fan_in", [1, 2, 255, 256, 257, 513, 20_000])
 def test_adversarial_operands(backend, fan_in):
     alternating = torch.tensor([-128, 127], dtype=torch.int8).repeat(fan_in)[:fan_in]
@@ -145,6 +155,7 @@ def test_adversarial_operands(backend, fan_in):
         assert agree(highest[None], lowest[:, None], table)
 
 
+@evidence
 @pytest.mark.parametrize("largest", [2**15 - 1, 2**15, 2**19, 2**20, 2**24, 2**30], ids=str)
 def test_entries_of_any_size(backend, largest, draw):
     # Entries around 2^15 need 16 or 17 bits, 32 products of 2^19 are 2^24, all sums stay below 2^31. Three in
@@ -164,6 +175,7 @@ def test_the_lowest_32_bit_entry(backend):
     assert lookup.matmul(one, one, table).item() == -(2**31)
 
 
+@evidence
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(POSSIBLE),
@@ -186,6 +198,7 @@ def test_random_products(name, rank, largest, shape, least, seed):
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
+@evidence
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(POSSIBLE),

@@ -13,6 +13,8 @@ from axmoe_lite.layers import assignment_of, default_layers, restore
 from axmoe_lite.multipliers import EXACT, Mosaic, mosaic_name
 from axmoe_lite.pipeline import freeze
 
+evidence = pytest.mark.trust("law", "mosaics: chosen mixtures, place by place")
+
 MIXED = {
     "masks by filter": "filter[mul8s_1KV6, 2 mul8s_1L2L, mul8s_1KVA]",
     "Booth digits by channel": "channel[roup(0,2), 3 roup(1,4), 2 mul8s_1KV6]",
@@ -40,6 +42,7 @@ def law(x, weight, mosaic, stride, padding):
     return sums
 
 
+@evidence
 @pytest.mark.parametrize("name", MIXED.values(), ids=MIXED)
 @pytest.mark.parametrize("path", ["auto", "factored", "lookup", "reference"])
 def test_every_path_is_the_law(name, path):
@@ -48,6 +51,7 @@ def test_every_path_is_the_law(name, path):
     assert torch.equal(found, law(x, weight, mosaic, 2, 1))
 
 
+@evidence
 @pytest.mark.parametrize("path", ["auto", "factored", "lookup", "reference"])
 def test_a_matrix_has_filters_and_channels(path):
     a, b = codes(3, 6), codes(6, 4, seed=1)
@@ -103,6 +107,7 @@ def test_what_does_not_pay_stays_as_it_is():
     assert compact(Factors(wide.u, wide.v + 1, None)).v.max() > 127
 
 
+@evidence
 def test_a_layer_by_the_law(monkeypatch):
     layer = nn.Conv2d(6, 4, 3, padding=1)
     x = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))

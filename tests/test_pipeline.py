@@ -13,6 +13,8 @@ from axmoe_lite.layers import Matmul
 from axmoe_lite.pipeline import freeze
 from axmoe_lite.train import evaluate, fit, predict
 
+evidence = pytest.mark.trust("law", "frozen networks: chosen networks, and ways to write them")
+
 ROUGH = "mul8s_1L2J"  # rank 1: clears the lowest bit of both operands
 MANY = "mul8s_1KVA"  # more than one term
 
@@ -119,6 +121,7 @@ WHOLE = {
 }
 
 
+@evidence
 @pytest.mark.parametrize(
     "name,multiplier,per_channel",
     [
@@ -148,6 +151,7 @@ def test_whole_networks_equal_their_law(name, multiplier, per_channel):
         assert (frozen(x) - network(x)).norm() < 0.05 * network(x).norm()
 
 
+@evidence
 def test_other_image_sizes_and_layouts(x):
     frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(stride=2), nn.ReLU(), conv()), x)
     for shape in ((1, 4, 1, 1), (2, 4, 23, 5), (1, 4, 2, 115), (3, 4, 9, 7)):
@@ -158,6 +162,7 @@ def test_other_image_sizes_and_layouts(x):
     assert torch.equal(frozen(strided), frozen(strided.contiguous()))
 
 
+@evidence
 def test_values_without_a_number(x):
     frozen = frozen_of(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv()), x)
     spoiled = x.clone()
@@ -165,6 +170,7 @@ def test_values_without_a_number(x):
     assert torch.equal(frozen(spoiled), frozen.law(spoiled)) and torch.isfinite(frozen(spoiled)).all()
 
 
+@evidence
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64], ids=str)
 def test_images_of_other_types(x, dtype):
     # The network itself takes them as the numbers they are.
@@ -189,6 +195,7 @@ def test_an_empty_batch(x):
 # ----------------------------------------------------------------- what may go with a convolution
 
 
+@evidence
 def test_a_chain_of_convolutions_without_batch_norm_is_the_network_itself(x):
     network = nn.Sequential(conv(), nn.ReLU(), conv(4, 5), nn.ReLU6(), conv(5, 3, 1))
     assert network[:3](x * 40).max() > 6  # ReLU6 has something to cut
@@ -288,6 +295,7 @@ def test_a_result_of_an_earlier_call_is_not_overwritten(x):
     assert torch.equal(first, kept)
 
 
+@evidence
 @pytest.mark.parametrize(
     "add",
     [
@@ -317,6 +325,7 @@ def test_ways_to_add(x, add):
     check(Net(lambda net, x: net.b(torch.relu(add(net.a(x), x))), a=conv(), b=conv()), x)
 
 
+@evidence
 @pytest.mark.parametrize("case", ["parameter", "larger", "smaller", "smaller and fresh"])
 def test_additions_that_broadcast(x, case):
     if case == "parameter":  # [C, 1, 1], three dimensions
@@ -360,6 +369,7 @@ def test_a_residual_that_a_postponed_convolution_still_reads(x):
     check(Net(forward, first=conv(), a=conv(), b=conv()), x, {"first": ROUGH, "a": MANY, "b": "mul8s_1L2L"})
 
 
+@evidence
 @pytest.mark.parametrize("relu", ["module", "method", "in place", "function", "functional", "six", "clamp"])
 def test_ways_to_cut_at_zero(x, relu):
     cut = {
@@ -404,6 +414,7 @@ def test_what_is_written_in_place_is_seen_by_all_later_readers(x, case):
 # --------------------------------------------------------------------------------------- pooling
 
 
+@evidence
 @pytest.mark.parametrize("pool", [
     nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((3, 1), (1, 2), (1, 0)), nn.MaxPool2d(2, 1),
     nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2), nn.AvgPool2d(2), nn.Dropout(),
@@ -431,6 +442,7 @@ def test_pooled_codes_for_two_readers(x):
 # ------------------------------------------------------------------------------ what stays eager
 
 
+@evidence
 def test_mixed_assignments(x):
     network = nn.Sequential(
         conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.ReLU(), conv(), nn.ReLU(), conv(), nn.Flatten(),
@@ -462,6 +474,7 @@ def test_without_units_everything_stays_eager(x, monkeypatch):
     assert set(frozen.eager) == {"0", "2"} and "0 convolutions" in repr(frozen)
 
 
+@evidence
 @pytest.mark.parametrize("signed", [False, True])
 def test_factors_that_are_no_masks(x, signed):
     # Code 0 is no byte 0 here: the border is made of codes before the bytes are.

@@ -57,6 +57,12 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic, *, path: str =
         )
     _check_sums(a.shape[-1], multiplier)
     chosen = _choose(path, multiplier, a.shape[-1], 1, a.device)
+    if a.ndim > 2 and (chosen != "factored" or isinstance(multiplier, Mosaic)):
+        out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
+        triples = (t.flatten(0, -3) for t in (a, b, out))
+        for x, y, sums in zip(*triples, strict=True):
+            sums.copy_(matmul(x, y, multiplier, path=path))
+        return out
     if isinstance(multiplier, Mosaic):
         multiplier.check_fits("b, transposed,", b.mT.shape)
     if chosen in ("factored", "reference"):
@@ -67,13 +73,7 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic, *, path: str =
     if isinstance(multiplier, Mosaic) and chosen != "reference":
         parts = ((part.mT, table) for part, table in _layers_of(multiplier, b.mT))
         return sum(product(a, part, table) for part, table in parts)
-    if a.ndim == 2:
-        return product(a, b, multiplier.table)
-    out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
-    triples = (t.flatten(0, -3) for t in (a, b, out))
-    for x, y, sums in zip(*triples, strict=True):
-        sums.copy_(product(x, y, multiplier.table))
-    return out
+    return product(a, b, multiplier.table)
 
 
 def conv2d(

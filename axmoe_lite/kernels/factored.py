@@ -111,8 +111,9 @@ def conv2d(
     x = padded(x, by_hand)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if factors.rank == 0 or 0 in (*x.shape, *weight.shape):
-        shapes = (t.to("meta", torch.float32) for t in (x, weight))  # only the shape of the result is wanted
-        shape = torch.nn.functional.conv2d(*shapes, None, *options.values()).shape
+        reach = (d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True))
+        sides = zip(x.shape[2:], padding, reach, stride, strict=True)
+        shape = (len(x), len(weight), *((side + 2 * p - r) // s + 1 for side, p, r, s in sides))
         return torch.zeros(shape, dtype=torch.int32, device=x.device)
     per_group, kernel = weight.shape[1], weight.shape[2] * weight.shape[3]
     if x.device.type == "cuda" and units(factors, per_group * kernel, x.device):

@@ -79,9 +79,9 @@ def _disagreement() -> str:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact int8 [M, K] x [K, N] to int32 [M, N]; sums must fit 32 bits."""
-    if 1 in (*a.shape, *b.shape):
-        # torch 2.13 reads the layout off the strides, which say nothing along an axis of one, and leaves
-        # such results unwritten. float64 holds these sums too.
+    if 1 in (*a.shape, *b.shape) or 0 in (*a.stride(), *b.stride()):
+        # torch 2.13 reads the layout off the strides, which say nothing along an axis of one or an expanded one,
+        # and leaves such results unwritten. float64 holds these sums too.
         return (a.double() @ b.double()).to(torch.int32)
     return torch._int_mm(a, b)
 

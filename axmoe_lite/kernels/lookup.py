@@ -120,7 +120,8 @@ def conv2d(
     offsets = np.arange(groups)[:, None] * (per_group * phases * plane) + cells.reshape(1, -1)
     offsets = offsets.astype(np.int64)
 
-    rows = _prepare(weight.flatten(1), table, positive=int(x.min()) >= 0, positions=part * image, groups=groups)
+    positive = x.numel() == 0 or int(x.min()) >= 0  # an image may be all border
+    rows = _prepare(weight.flatten(1), table, positive=positive, positions=part * image, groups=groups)
     for first in range(0, images, part):
         n = min(part, images - first)
         for place, seen in zip(*_phases(x[first : first + n], pixels[..., :n, :, :], stride, padding), strict=True):

@@ -139,8 +139,10 @@ class Convolution(torch.autograd.Function):
         (x,), layer, product, wanted = ctx.saved_tensors, ctx.layer, ctx.product, ctx.needs_input_grad
         grad, outside = _operands(ctx, grad), None
 
-        def backward(first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool]) -> tuple:
-            how = {"stride": layer.stride, "padding": layer.code_padding, "dilation": layer.dilation}
+        def backward(
+            first: Tensor, second: Tensor, grad: Tensor, which: tuple[bool, bool], padding: tuple = layer.code_padding
+        ) -> tuple:
+            how = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
             if small.suits(first, second, **how, groups=layer.groups):
                 return small.gradients(grad, first, second, which)
             options = (*how.values(), False, (0, 0), layer.groups)
@@ -161,9 +163,10 @@ class Convolution(torch.autograd.Function):
                     for p, q in _terms(layer, "a", x.device)
                 )
             if wanted[1]:
+                # The border is code 0, and M(0, b) may have a slope too.
+                seen, used = factored.padded(codes, layer.code_padding), product.weight.float()
                 parts_weight = (
-                    backward(_look_up(p, codes), used, grad, (False, True))[1] * _look_up(q, product.weight)
-                    for used in [product.weight.float()]
+                    backward(_look_up(p, seen), used, grad, (False, True), (0, 0))[1] * _look_up(q, product.weight)
                     for p, q in _terms(layer, "b", x.device)
                 )
             grad_x, grad_weight = _total(parts_x, x), _total(parts_weight, product.weight).mul_(product.scale_x)
