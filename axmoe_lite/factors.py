@@ -59,6 +59,11 @@ class Factors:
         """max |u_r| and max |v_r| of each term: what the proofs of exactness rest on."""
         return tuple([int(abs(row).max()) for row in side] for side in (self.u, self.v))
 
+    @cached_property
+    def bytewise(self) -> bool:
+        """Whether all factors are bytes, -128..127."""
+        return all(int(f.min()) >= -128 and int(f.max()) <= 127 for side in (self.u, self.v) for f in side)
+
     def __repr__(self) -> str:
         if self.masks is None:
             return f"Factors(rank {self.rank})"
@@ -362,8 +367,7 @@ def exact_arithmetic(
     largest = max([1, *most_u, *most_v])
     for name in available:
         if name == "int8":
-            fits = all(int(f.min()) >= -128 and int(f.max()) <= 127 for side in (factors.u, factors.v) for f in side)
-            chunk = fan_in if fits and fan_in * pair < 2**31 else 0
+            chunk = fan_in if factors.bytewise and fan_in * pair < 2**31 else 0
         else:
             limit = {"float32": 2**24, "float64": 2**53}[name]
             chunk = min(fan_in, limit // pair) if largest <= limit else 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faults import wait_for
 
 import axmoe_lite
 from axmoe_lite import book, paths, plots
@@ -269,6 +271,57 @@ def test_a_chapter_that_fails_is_named_and_tried_again(tiny_book, capfd):
     edit(chapters / "01_sum.ipynb", "1 / 0", "1 / 1")
     assert build() == 0 and "42" in html(tiny_book, "01_sum")
     assert len(list(store.all_runs("02_time"))) == 1
+
+
+BOOK = """
+import sys, time
+from pathlib import Path
+from axmoe_lite import book, paths
+from axmoe_lite.__main__ import main
+paths.CHECKOUT, book.build_pages = Path(sys.argv[1]), lambda stage, build, force: print("built") or 0
+sys.exit(main(["book", "--workers", "1"]))
+"""
+
+
+@pytest.mark.trust("fault", "the book is interrupted")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_book_keeps_what_was_executed_and_goes_on(tiny_book, sent, monkeypatch):
+    wait = "import os, pathlib, time; go = pathlib.Path(os.environ['AXMOE_HOME'], 'go'); n = 0\nwhile not go.exists(): "
+    code = (wait + "go.with_name('begun').touch(); time.sleep(0.02)").replace("\n", "\\n")
+    edit(tiny_book / "book" / "02_time.ipynb", "import os\\nprint", f"{code}\\nprint")
+    command = [sys.executable, "-c", BOOK, str(tiny_book)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for((paths.home() / "begun").exists)
+    process.send_signal(sent)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "axmoe book: interrupted; what has finished is kept" in said
+    assert {run.chapter: run.state() for run in store.all_runs()} == {"01_sum": "finished", "02_time": "interrupted"}
+    (first,) = store.all_runs("01_sum")
+    before = {file: file.read_bytes() for file in first.folder.iterdir()}
+    (paths.home() / "go").touch()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "Executing 02_time (quick); the other 1 are as they were." in again.stdout
+    assert {file: file.read_bytes() for file in first.folder.iterdir()} == before
+
+
+@pytest.mark.trust("fault", "the clock is set back a day, or ahead a year")
+def test_a_clock_that_was_set_executes_no_chapter_again_and_again(tiny_book, monkeypatch, capsys):
+    monkeypatch.setattr(book, "build_pages", lambda stage, build, force: 0)
+    cost = paths.results_dir() / "cost.csv"  # which chapter 2 names
+    cost.parent.mkdir(parents=True)
+    cost.touch()
+    assert build(workers=1) == 0
+    first = executed()
+    os.utime(cost, (time.time() + 86_400,) * 2)  # written before the clock went back a day
+    assert build() == 0 and executed() == first
+    os.utime(cost, (time.time() - 86_400,) * 2)
+    assert build() == 0 and executed() == first
+    (run,) = store.all_runs("02_time")
+    ahead = f"{int(time.strftime('%Y')) + 1}-01-01T00:00:00+00:00"  # begun under a clock that was ahead
+    store.write_json(run.folder / "outcome.json", store.outcome(run) | {"started": ahead})
+    assert build() == 0 and executed()["02_time"] != first["02_time"], "what came since cannot be told: once more"
+    second = executed()
+    assert build() == 0 and executed() == second and second["01_sum"] == first["01_sum"]
 
 
 def test_a_page_with_a_broken_reference_fails_until_it_is_mended(tiny_book, capfd):

@@ -70,6 +70,7 @@ def wait_for(true, *, within: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.trust("fault", "a worker is killed")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_worker_is_killed_and_every_run_finishes_once(cluster, toy, elsewhere, tmp_path):
     address, (_, one, _two), trace = cluster
@@ -93,6 +94,7 @@ def test_a_worker_is_killed_and_every_run_finishes_once(cluster, toy, elsewhere,
     assert not any(o["ran"] for o in again)
 
 
+@pytest.mark.trust("fault", "the scheduler is killed")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_scheduler_is_killed_and_what_has_finished_stays(cluster, toy, elsewhere):
     address, (scheduler, *_), _ = cluster

@@ -271,7 +271,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-def test_a_hundred_thousand_rows_of_a_thousand_runs_take_seconds_and_little_memory(elsewhere):
+@pytest.mark.trust("load", "a hundred thousand rows are collected")
+def test_a_hundred_thousand_rows_of_a_thousand_runs_take_seconds_and_little_memory(elsewhere, record_property):
     """A million rows of a thousand runs took 18 s and 705 MB in all; ten thousand runs of one row 20 s and 380 MB."""
     names = list(row())
     for n in range(1000):
@@ -286,6 +287,7 @@ def test_a_hundred_thousand_rows_of_a_thousand_runs_take_seconds_and_little_memo
         store.write_json(run.folder / "outcome.json", {"state": "finished", "ended": "2026-01-01T10:00:00+01:00"})
     done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
     n_runs, n_rows, seconds, total, megabytes = map(float, done.stdout.split())
+    record_property("cases", int(n_rows))
     # Sums of 0..999 over 128 are exact, 100 times; the runs of one row have 0.
     assert (n_runs, n_rows, total) == (1000, 100_900, 100 * 999 * 500 / 128)
     assert seconds < 60 and megabytes < 300

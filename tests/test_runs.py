@@ -155,7 +155,8 @@ for step in range(40):
 """
 
 
-def test_processes_that_record_one_study_at_once_lose_nothing(elsewhere):
+@pytest.mark.trust("load", "processes record one study at once")
+def test_processes_that_record_one_study_at_once_lose_nothing(elsewhere, record_property):
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", RECORDS, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -171,6 +172,7 @@ def test_processes_that_record_one_study_at_once_lose_nothing(elsewhere):
     for writer in writers:
         writer.stdin.close(), writer.stdout.close()
     rows = runs.read("shared", scale="quick")
+    record_property("cases", len(rows))
     assert sorted((int(r["seed"]), int(r["step"])) for r in rows) == [(s, n) for s in range(3) for n in range(40)]
     assert sorted(studies(elsewhere / "data" / "cache" / "results")) == ["own_0", "own_1", "own_2", "shared"]
 

@@ -82,6 +82,7 @@ def test_the_states_of_a_run(elsewhere):
     assert (run.folder / "error-1.txt").read_text() == "first" and list(store.all_runs("other")) == []
 
 
+@pytest.mark.trust("fault", "the disk is full while a row is written")
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     store.write_json(path, {"a": 1})

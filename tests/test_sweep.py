@@ -81,6 +81,7 @@ def test_failures_are_kept_and_retried_on_request(toy, elsewhere):
     assert kept == ["error-1.txt", "error-2.txt", "outcome-1.json", "outcome-2.json"]
 
 
+@pytest.mark.trust("fault", "a run is killed, or stopped at its limits")
 @pytest.mark.parametrize(
     ("cell", "limits", "reason"),
     [
@@ -120,6 +121,7 @@ def test_threads_are_pinned_and_each_run_sees_one_gpu(toy, elsewhere, monkeypatc
     assert execute._gpus() == []
 
 
+@pytest.mark.trust("fault", "the code is edited while a sweep runs")
 def test_other_code_is_refused(toy, elsewhere, monkeypatch):
     path = toy("n = 0", "1")
     (work,) = runs.plan(path, [{"n": 0}])
@@ -173,7 +175,8 @@ def sweep_process(home: Path, path: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, **options)
 
 
-def test_killed_again_and_again_it_loses_no_finished_step(toy, elsewhere):
+@pytest.mark.trust("fault", "a sweep is killed again and again")
+def test_killed_again_and_again_it_loses_no_finished_step(toy, elsewhere, record_property):
     path = toy("n = 1", SAY, COUNTED)
     chance, kills, killed_at = random.Random(20261121), 0, []
     for _ in range(60):
@@ -188,6 +191,7 @@ def test_killed_again_and_again_it_loses_no_finished_step(toy, elsewhere):
             kills += 1
             killed_at.append(len(traced(elsewhere)) - before if (elsewhere / "trace").exists() else 0)
     assert process.returncode == 0 and "2 finished" in said
+    record_property("cases", kills)
     assert kills >= 5 and any(killed_at), f"killed {kills} times, after {killed_at} lines"
     steps = [int(line[1]) for line in traced(elsewhere) if line[0] == "step"]
     begun = [line for line in traced(elsewhere) if line[0] == "run"]
@@ -216,6 +220,7 @@ print(network.fc.weight.double().sum().item(), history[-1]["loss"])
 """
 
 
+@pytest.mark.trust("fault", "training is killed")
 def test_training_that_was_killed_ends_with_the_same_bits(toy, elsewhere, tmp_path):
     path = toy("n = 1", SAY, TRAIN, FIT)
     process = sweep_process(elsewhere, path)
@@ -237,6 +242,7 @@ def wait_for(true, *, within: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.trust("fault", "two sweeps run at once in one folder")
 def test_two_sweeps_at_once_do_each_run_once(toy, elsewhere):
     path = toy("n = 0", SAY, "import time; time.sleep(1)")
     first, second = (sweep_process(elsewhere, path, "n=0..2") for _ in range(2))
@@ -246,6 +252,7 @@ def test_two_sweeps_at_once_do_each_run_once(toy, elsewhere):
     assert sorted(line[1] for line in traced(elsewhere)) == ["0", "1", "2"]
 
 
+@pytest.mark.trust("fault", "a sweep is interrupted")
 def test_an_interrupt_stops_the_runs_and_says_so(toy, elsewhere):
     path = toy("n = 0", SAY, "import time; time.sleep(100)")
     process = sweep_process(elsewhere, path, "n=0,1", "--workers", "2")
@@ -284,13 +291,16 @@ def test_exit_codes_and_what_is_said(toy, elsewhere, capsys):
         main(["sweep", path, "--workers", "2", "--scheduler", "tcp://localhost:1"])
 
 
+@pytest.mark.trust("fault", "no scheduler answers")
 def test_a_scheduler_that_is_not_there(toy, elsewhere, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["axmoe_lite.runs.sweep"], "WAIT_SECONDS", 1)
     assert main(["sweep", str(toy("n = 0", "1")), "--scheduler", "tcp://127.0.0.1:1"]) == 1
     assert "No Dask scheduler answers at 'tcp://127.0.0.1:1'" in capsys.readouterr().err
 
 
-def test_a_thousand_runs_that_do_nothing(elsewhere, toy):
+@pytest.mark.trust("load", "a thousand runs that only record")
+def test_a_thousand_runs_that_do_nothing(elsewhere, toy, record_property):
+    record_property("cases", 1000)
     path = toy("n = 0", "1")
     outcomes = runs.sweep(path, {"n": list(range(1000))}, workers=2, perform=runs.pretend, progress=False)
     assert len({o["run"] for o in outcomes}) == 1000 and all(o["state"] == "finished" for o in outcomes)

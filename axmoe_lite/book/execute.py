@@ -8,6 +8,7 @@ import datetime
 import importlib.util
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,8 +67,12 @@ def what_failed(outcome: dict) -> str:
 def _out_of_date(notebook: Path, run: Run, *, scale: str) -> bool:
     if run.state() != "finished" or page_of(notebook, run) is None:
         return True
-    started = datetime.datetime.fromisoformat(store.outcome(run)["started"]).timestamp()
-    return scale == "quick" and any(file.stat().st_mtime >= started for file in data_named_in(read(notebook)))
+    if scale != "quick":
+        return False
+    started, now = datetime.datetime.fromisoformat(store.outcome(run)["started"]).timestamp(), time.time()
+    written = [file.stat().st_mtime for file in data_named_in(read(notebook))]
+    # The clock may have been set: a file from the future says nothing, and after a start in the future any may be new.
+    return any(at <= now and (at >= started or started > now) for at in written)
 
 
 def data_named_in(notebook: dict) -> list[Path]:

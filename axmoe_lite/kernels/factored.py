@@ -13,7 +13,7 @@ library adds:
 Chapter: 02, "Why is an approximate product just a few exact ones?"
 """
 
-import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -28,12 +28,15 @@ FEW_TERMS = 5  # what the EvoApproxLib circuits need at most; beyond, lookups ma
 
 def factors_of(multiplier: Multiplier | Mosaic) -> Factors:
     """The factors to multiply with: as bytes where that is possible (:func:`axmoe_lite.factors.compact`)."""
-    return _compacted(factorise(multiplier))
+    factors = factorise(multiplier)
+    if factors not in _smaller:
+        found = compact(factors)
+        _smaller[factors] = None if found is factors else found  # itself would keep itself alive
+    return _smaller[factors] or factors
 
 
-@functools.lru_cache(maxsize=512)
-def _compacted(factors: Factors) -> Factors:
-    return compact(factors)
+# Known for as long as the factors are: those of tables without structure take a megabyte each.
+_smaller: "weakref.WeakKeyDictionary[Factors, Factors | None]" = weakref.WeakKeyDictionary()
 
 
 def rank(multiplier: Multiplier | Mosaic) -> int:
@@ -194,7 +197,6 @@ def units(factors: Factors, fan_in: int, device: torch.device) -> bool:
     return cuda.available(device) if device.type == "cuda" else device.type == "cpu" and int8.available()
 
 
-@functools.lru_cache(maxsize=4096)
 def _bytewise(factors: Factors, fan_in: int) -> bool:
     return factors.rank > 0 and exact_arithmetic(factors, max(1, fan_in), available=("int8",)).name == "int8"
 

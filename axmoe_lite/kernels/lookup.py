@@ -257,6 +257,7 @@ def _prepare(weights: Tensor, table: Tensor, *, positive: bool, positions: int, 
     return rows
 
 
+MOST_REMEMBERED = 64  # tables
 _remembered: OrderedDict[tuple, tuple[Tensor, tuple]] = OrderedDict()
 
 
@@ -278,7 +279,7 @@ def _entries(table: Tensor, positive: bool) -> tuple[np.ndarray, np.ndarray, np.
         above = entries - smallest[:, None]
         planes = np.stack([above & 255, above >> 8], axis=1).astype(np.uint8) if above.max() < 2**16 else None
         known = _remembered[key] = (table.clone(), (entries, smallest, planes))
-        while len(_remembered) > 64:
+        while len(_remembered) > MOST_REMEMBERED:
             _remembered.popitem(last=False)
     return known[1]
 

@@ -247,7 +247,7 @@ def _warn_of_others(network: nn.Module, known: dict[str, nn.Module]) -> None:
 def _unknown_layer(network: nn.Module, name: str, known: dict[str, nn.Module]) -> str:
     modules = dict(network.named_modules())
     kind = f"is a {type(modules[name]).__name__}" if name in modules else "does not exist"
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
         f"Layer {name!r} {kind} and cannot multiply approximately.{hint} The layers of this"

@@ -72,7 +72,10 @@ def multiplier(name: str) -> Multiplier | Mosaic:
         raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} is a {type(name).__name__}.")
     if "\0" in name:
         raise ValueError(f"A multiplier's name is text such as {EXACT!r}; {name!r} has a character of no file.")
-    return _made(name, tuple(map(files.named, files.files_in(name))))
+    read = tuple(map(files.named, files.files_in(name)))
+    if name.startswith("file:"):
+        return read[0]
+    return (_of_files if read else _of_names)(name, read)
 
 
 def power_of(name: str) -> float:
@@ -90,11 +93,8 @@ def power_of(name: str) -> float:
     return found.power_mw
 
 
-@functools.lru_cache(maxsize=512)
 def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
     """``read``: what the files in the name hold at this call, so that a changed file makes another multiplier."""
-    if name.startswith("file:"):
-        return read[0]
     if (mosaic := parse_mosaic(name)) is not None:
         known, places = mosaic
         return Mosaic(name, tuple(multiplier(one) for one in known), places)
@@ -121,6 +121,11 @@ def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
     if call and call[1] in FAMILIES:
         return _call_family(name, call[1], call[2])
     raise ValueError(_unknown(name))
+
+
+_of_names = functools.lru_cache(maxsize=512)(_made)
+# Up to megabytes each with what is computed from them, and there is no end of files.
+_of_files = functools.lru_cache(maxsize=files.MOST_KEPT)(_made)
 
 
 def _call_family(name: str, family: str, arguments: str) -> Multiplier:

@@ -46,6 +46,10 @@ class Mosaic:
 
     area_um2 = None  # of a layer's circuits together nothing is known
 
+    def __deepcopy__(self, memo: dict) -> "Mosaic":
+        """Itself: a copied network has the same circuits."""
+        return self
+
     @property
     def table(self) -> Tensor:
         """T of (1): int32 [Q, M Q]; made anew at each call, so that many mosaics fit the memory."""

@@ -89,6 +89,10 @@ class Multiplier:
                 raise ValueError(f"Operand {name} is {value!r}; a signed 8-bit operand is a whole number in -128..127.")
         return int(self.table[index(a) + 128, index(b) + 128])
 
+    def __deepcopy__(self, memo: dict) -> "Multiplier":
+        """Itself: a copied network has the same circuits, and what is known of them."""
+        return self
+
     def __repr__(self) -> str:
         power = "unknown power" if self.power_mw is None else f"{self.power_mw:.3f} mW"
         return f"Multiplier({self.name!r}, {power}, {self.source})"

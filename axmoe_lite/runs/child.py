@@ -8,6 +8,7 @@ is a pipe from whoever started it: when that ends, however it ends, so does this
 Chapter: 10, "Can a hundred runs be trusted?"
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -106,8 +107,12 @@ def _now() -> str:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 if __name__ == "__main__":

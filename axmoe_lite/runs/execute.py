@@ -10,6 +10,7 @@ import base64
 import contextlib
 import datetime
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from axmoe_lite import paths
 from axmoe_lite.runs import store
@@ -27,6 +29,7 @@ from axmoe_lite.runs.store import Run
 POLL_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 SENT_BACK = ("notebook.ipynb", "error.txt", "log.txt")
+DELETED = {"state": "not run", "reason": "its folder was deleted while it ran"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def perform(work: Work, *, on_cell: Callable[[int, int], object] | None = None) 
         store.reopen(run)
         ended = {}
     if not ended:
-        _watch(work, on_cell)
+        if not _watch(work, on_cell):
+            return dict(DELETED)
         ended = store.outcome(run)
     return ended if _shared(work) else {**ended, "files": _packed(run.folder)}
 
@@ -103,7 +107,7 @@ def _packed(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): base64.b64encode(file.read_bytes()).decode()
         for file in files
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(".")  # half-written when an earlier attempt was killed
     }
 
 
@@ -147,8 +151,8 @@ def stop_all() -> None:
         _kill(child)
 
 
-def _watch(work: Work, on_cell: Callable[[int, int], object] | None) -> None:
-    """Start the run's process and see it through; if it dies or has to, write down why."""
+def _watch(work: Work, on_cell: Callable[[int, int], object] | None) -> bool:
+    """Start the run's process and see it through; if it dies or has to, write down why. False: its folder is gone."""
     run, clock, peak_mb = work.run, time.perf_counter(), 0.0
     cwd = work.cwd if work.cwd and Path(work.cwd).is_dir() else str(run.folder)
     told = {"parameters": run.parameters, "cwd": cwd, "kernel": "python3", "sweep": work.sweep}
@@ -170,7 +174,7 @@ def _watch(work: Work, on_cell: Callable[[int, int], object] | None) -> None:
             listener = threading.Thread(target=_listen, args=(child, since, on_cell), daemon=True)
             listener.start()
             reason = ""
-            while child.poll() is None:
+            while child.poll() is None and not _deleted(run.folder, log):
                 used_mb = _memory_mb(child.pid)
                 peak_mb = max(peak_mb, used_mb)
                 reason = _beyond(work, since["started"], used_mb)
@@ -182,10 +186,24 @@ def _watch(work: Work, on_cell: Callable[[int, int], object] | None) -> None:
             _kill(child)
             listener.join(5)
             _living.discard(child)
+        deleted = _deleted(run.folder, log)
     if child in _stopped:
         _stopped.discard(child)
         raise Interrupted(f"{run.id} was stopped")
+    if deleted:
+        if not (run.folder / "run.json").exists():  # else another sweep has begun it anew
+            shutil.rmtree(run.folder, ignore_errors=True)
+        return False
     _conclude(work, child, reason, seconds=time.perf_counter() - clock, peak_mb=peak_mb)
+    return True
+
+
+def _deleted(folder: Path, log: BinaryIO) -> bool:
+    """Whether the folder is no longer that of this log: a notebook that records makes a new one, without its rows."""
+    try:
+        return not os.path.samestat(os.fstat(log.fileno()), (folder / "log.txt").stat())
+    except FileNotFoundError:
+        return True
 
 
 @contextlib.contextmanager
@@ -217,6 +235,8 @@ def _beyond(work: Work, started: float, used_mb: float) -> str:
 def _conclude(work: Work, child: subprocess.Popen, reason: str, *, seconds: float, peak_mb: float) -> None:
     run = work.run
     ended = store.outcome(run)
+    if ended and ended["sweep"] != work.sweep:  # another sweep's, for which this one waited
+        return
     if not ended:
         if not reason:
             reason = f"its process ended by itself ({_how(child.returncode)}) without an outcome"

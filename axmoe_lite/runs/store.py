@@ -16,12 +16,12 @@ Chapter: 10, "Can a hundred runs be trusted?"
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def attempts(run: Run) -> int:
 _inside: ContextVar[Path | None] = ContextVar("inside", default=None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """What this thread records belongs to the run of that folder meanwhile."""
     before = _inside.set(folder)
@@ -243,8 +243,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
+    except OSError as wrong:
+        if wrong.errno:  # a full disk does not say which file it had no room for
+            wrong.filename, wrong.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_json(path: Path) -> dict:
@@ -272,5 +277,7 @@ def _held(path: Path) -> bool:
         lock.acquire(blocking=False)
     except Timeout:
         return True
+    except OSError:  # nobody runs in a folder that cannot be written to
+        return False
     lock.release()
     return False

@@ -225,6 +225,8 @@ def _client(scheduler: str, *, workers: int) -> Iterator[Any]:
         raise ImportError(f"More than one worker, or a scheduler, needs dask.distributed: {INSTALL}") from missing
     # A run waits for its processes; a worker that is slow to answer meanwhile is not a dead one.
     quiet = {"distributed.comm.timeouts.connect": "10s", "distributed.worker.memory.terminate": False}
+    quiet |= {"distributed.scheduler.worker-ttl": None}  # or all are dead when the clock is set
+    quiet |= {"distributed.worker.profile.enabled": False}  # which remembers every second of what nobody looks at
     with dask.config.set(quiet), contextlib.ExitStack() as stack:
         if scheduler:
             try:

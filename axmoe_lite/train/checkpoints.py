@@ -89,8 +89,15 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     # Convolution weights may be channels_last in memory; the file holds them in their logical order.
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
+    logical = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(logical, partial, metadata)
+        os.replace(partial, path)
+    except SafetensorError as reason:
+        raise OSError(f"{path} cannot be written ({reason}); what was there before is there still.") from reason
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 @contextlib.contextmanager
