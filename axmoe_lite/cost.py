@@ -94,12 +94,13 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
     >>> round(macs.executed / 1e6, 2), macs.parameters  # as published: 40.82 million
     (40.82, 278324)
     """
-    if not isinstance(inputs, Tensor) or not len(inputs) or batch_size < 1:
-        many = f"{len(inputs)} inputs" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+    if not isinstance(inputs, Tensor) or batch_size < 1:
         raise ValueError(
-            f"count() was given {many} and batch_size = {batch_size}; give a tensor of at least one input, for the mean"
-            " over them, and a batch_size of at least 1."
+            f"count() was given a {type(inputs).__name__} and batch_size = {batch_size}; give a tensor of inputs, and"
+            " at least 1 at a time."
         )
+    if not len(inputs):
+        raise ValueError("count() was given no inputs; the mean over them needs at least one.")
     layers = {
         name: module
         for name, module in network.named_modules()
@@ -217,7 +218,7 @@ def p_norm(*, executed: float, base: float, share: float, power_mw: float) -> fl
     if not known or not (0 <= share <= 1 and executed >= 0 and base > 0 and power_mw >= 0):
         raise ValueError(
             f"p_norm() was asked for executed = {executed}, base = {base}, share = {share}, power_mw = {power_mw};"
-            " a share lies in [0, 1], executed and power_mw are not negative and base is positive."
+            " a share lies in [0, 1], executed is not negative and base is positive, power_mw is not negative."
         )
     return executed / base * (share * power_mw / multiplier(EXACT).power_mw + 1 - share)
 

@@ -125,8 +125,9 @@ def test_tensors_are_aligned_and_slots_are_freed():
     sender.send((some(3, seed=2),))
     slot, (a, b) = receiver.receive()
     assert (slot, a.data_ptr() % 64, b.data_ptr() % 64, b.data_ptr() - a.data_ptr()) == (0, 0, 0, 64)
-    threading.Timer(0.05, receiver.free, [slot]).start()
+    (later := threading.Timer(0.05, receiver.free, [slot])).start()
     sender.send((some(3, seed=3),))  # waits for the slot, and writes into it
+    later.join()
     assert torch.equal(a, some(3, seed=3))
     assert [receiver.receive()[0] for _ in range(2)] == [1, 0]
     with pytest.raises(ValueError, match=r"shape \[9, 9\] ends at byte 324; there is room for 256"):

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import weakref
 
+import psutil
 import pytest
 import soak
 import torch
@@ -68,10 +69,11 @@ def test_what_grows_from_the_middle_on_is_said_and_what_is_kept_before_is_not():
 
 @pytest.mark.trust("load", "a process that sweeps again and again holds on to nothing")
 def test_sweeps_of_real_runs_leave_no_process_file_or_thread_behind(record_property):
+    before = len(psutil.Process().children(recursive=True))  # servers of processes that other tests started
     seen = list(soak.swept(12, every=3, cell="n * n"))  # the kernels are real, what they compute is not
     record_property("cases", 12)
     assert [one.at for one in seen] == [3, 6, 9, 12] and soak.grown(seen) == [], seen
-    assert all(one.children == 0 and one.left <= 1 for one in seen), "the scratch folder of Dask, once"
+    assert all(one.children <= before and one.left <= 1 for one in seen), "the scratch folder of Dask, once"
 
 
 def test_a_run_that_leaves_a_file_and_a_process_behind_is_noticed(monkeypatch):

@@ -174,10 +174,8 @@ class _Space:
 def catalogue(multipliers: Iterable[str], *, exact: bool = True) -> list[str]:
     """Their names, once each, the exact circuit first if it is wanted; all exist and have a power."""
     if isinstance(multipliers, str) or not isinstance(multipliers, Iterable):
-        raise ValueError(
-            f"multipliers is {multipliers!r}, a {type(multipliers).__name__}; give a list of names, such as"
-            " ['mul8s_1L2J']."
-        )
+        kind = "text" if isinstance(multipliers, str) else type(multipliers).__name__
+        raise ValueError(f"multipliers is the {kind} {multipliers!r}; give a list of names, such as ['mul8s_1L2J'].")
     found = [multiplier(name) for name in ([EXACT] if exact else []) + list(multipliers)]
     for m in found:
         if m.power_mw is None:
