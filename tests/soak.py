@@ -13,6 +13,7 @@ middle to the end: what is kept on purpose is full by then.
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -71,8 +72,10 @@ class Held:
 
 
 def held(what: str, at: int, since: float) -> Held:
-    """Measure this process, after its garbage has been collected."""
+    """Measure this process, after its garbage has been collected and what is free given back to the system."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory for later, in pieces
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     me = psutil.Process()
     tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_tensor(t)}
     counts = {"handles": me.num_fds(), "threads": me.num_threads(), "children": len(me.children(recursive=True))}
