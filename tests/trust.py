@@ -1,4 +1,4 @@
-"""What the tests are evidence of, counted: `pytest --record-trust` writes data/results/trust.csv.
+"""What the tests are evidence of, counted: `pytest -m trust --record-trust` writes data/results/trust.csv.
 
     @pytest.mark.trust("fault", "the disk is full while a row is written")     a test, or pytestmark of a file
     record_property("cases", 4096)                                             tried in this test; else 1
@@ -91,5 +91,5 @@ class Tally:
             seed = session.config.getoption("hypothesis_seed")
             told = runs.evidence(0, scale="paper", seed=int(seed), epochs=0)
             rows = [row | told | {"seconds": round(row["seconds"], 2)} for row in self.rows.values()]
-            command = "python -m pytest --numprocesses 2 --dist loadfile --record-trust"
+            command = "python -m pytest -m trust --numprocesses 2 --dist loadfile --record-trust"
             runs.record(STUDY, rows, key=KEY, about=ABOUT, made_by=command)

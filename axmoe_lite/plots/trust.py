@@ -21,7 +21,7 @@ _ROOMS += ("cost", "study", "runs", "claims")
 
 
 def tried(rows: list[dict]) -> alt.Chart:
-    """A dot for each thing that the tests try, at the number of cases (log scale); one panel a kind.
+    """A dot for each thing that the tests try, at the number of cases (log scale); a menu picks the kind.
 
     Args:
         rows: of the study ``trust``, as :func:`axmoe_lite.runs.read` returns them.
@@ -39,28 +39,26 @@ def tried(rows: list[dict]) -> alt.Chart:
     table["of"] = table["kind"].map(_KINDS)
     table["drawn"] = table["cases"].clip(lower=1)  # a logarithm has no place for none
     ended = [name for name in _ENDED if (table["ended"] == name).any()]
-    line = alt.Chart(table).encode(
-        x=alt.X(
-            "drawn:Q", scale=alt.Scale(type="log", domainMin=1), title="cases (log scale)", axis=alt.Axis(format="~s")
-        ),
-        y=alt.Y("what:N", title=None, sort="-x", axis=alt.Axis(labelLimit=420)),
-        color=alt.Color("ended:N", scale=alt.Scale(domain=ended, range=[_ENDED[e] for e in ended]), title=None),
-        tooltip=["what", "cases", "tests", "failed", "skipped", "seconds", "commit", "date"],
+    kinds = [told for told in _KINDS.values() if (table["of"] == told).any()]
+    menu = alt.param("tried_kind", value=kinds[0], bind=alt.binding_select(options=kinds, name="what was tried  "))
+    line = (
+        alt.Chart(table)
+        .transform_filter("datum.of == tried_kind")
+        .encode(
+            x=alt.X(
+                "drawn:Q",
+                scale=alt.Scale(type="log", domain=[1, 2 * int(table["drawn"].max())]),
+                title="cases (log scale)",
+                axis=alt.Axis(format="~s"),
+            ),
+            y=alt.Y("what:N", title=None, sort="-x", axis=alt.Axis(labelLimit=430)),
+            color=alt.Color("ended:N", scale=alt.Scale(domain=ended, range=[_ENDED[e] for e in ended]), title=None),
+            tooltip=["what", "cases", "tests", "failed", "skipped", "seconds", "commit", "date", "device"],
+        )
     )
     stems = line.mark_rule(strokeWidth=1.5).encode(x2=alt.datum(1))
-    return (
-        (stems + line.mark_point(filled=True, size=60, opacity=1))
-        .properties(width=260, height={"step": 17})
-        .facet(
-            row=alt.Row(
-                "of:N",
-                title=None,
-                sort=[*_KINDS.values()],
-                header=alt.Header(labelAngle=0, labelAlign="left", labelOrient="top"),
-            )
-        )
-        .resolve_scale(y="independent")
-    )
+    dots = line.mark_point(filled=True, size=60, opacity=1)
+    return (stems + dots).add_params(menu).properties(width=280, height=alt.Step(19))
 
 
 def planted(rows: list[dict]) -> alt.Chart:
