@@ -49,16 +49,21 @@ def tried(rows: list[dict]) -> alt.Chart:
                 "drawn:Q",
                 scale=alt.Scale(type="log", domain=[1, 2 * int(table["drawn"].max())]),
                 title="cases (log scale)",
-                axis=alt.Axis(format="~s"),
+                axis=alt.Axis(format="~s", values=[10**n for n in range(7)]),
             ),
             y=alt.Y("what:N", title=None, sort="-x", axis=alt.Axis(labelLimit=430)),
-            color=alt.Color("ended:N", scale=alt.Scale(domain=ended, range=[_ENDED[e] for e in ended]), title=None),
+            color=alt.Color(
+                "ended:N",
+                scale=alt.Scale(domain=ended, range=[_ENDED[e] for e in ended]),
+                title=None,
+                legend=alt.Legend(orient="top") if len(ended) > 1 else None,
+            ),
             tooltip=["what", "cases", "tests", "failed", "skipped", "seconds", "commit", "date", "device"],
         )
     )
     stems = line.mark_rule(strokeWidth=1.5).encode(x2=alt.datum(1))
     dots = line.mark_point(filled=True, size=60, opacity=1)
-    return (stems + dots).add_params(menu).properties(width=280, height=alt.Step(19))
+    return (stems + dots).add_params(menu).properties(width=250, height=alt.Step(19))
 
 
 def planted(rows: list[dict]) -> alt.Chart:
@@ -80,11 +85,11 @@ def planted(rows: list[dict]) -> alt.Chart:
     colors = alt.Scale(domain=["caught", "survived"], range=[BLUE, RED])
     return (
         alt.Chart(table)
-        .mark_point(size=150, strokeWidth=2)
+        .mark_point(size=150, strokeWidth=2, opacity=1)
         .encode(
             x=alt.X("place:Q", title="bugs planted", axis=alt.Axis(tickMinStep=1, grid=False)),
             y=alt.Y("part:N", title=None, sort=order),
-            color=alt.Color("became:N", scale=colors, title=None),
+            color=alt.Color("became:N", scale=colors, title=None, legend=alt.Legend(orient="top")),
             fill=alt.Fill(
                 "became:N", scale=alt.Scale(domain=["caught", "survived"], range=[BLUE, "white"]), legend=None
             ),
@@ -121,7 +126,7 @@ def soak(rows: list[dict]) -> alt.Chart:
         .encode(
             x=alt.X("at:Q", title="runs, or rounds"),
             y=alt.Y("held:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1, tickCount=4)),
-            color=alt.Color("what:N", title=None),
+            color=alt.Color("what:N", title=None, legend=alt.Legend(orient="top")),
             tooltip=["what", "at", "of", "held", "commit", "date", "device"],
         )
         .properties(width=210, height=110)
