@@ -67,3 +67,9 @@ def test_what_is_held_is_a_line_for_each_load_from_zero():
     assert chart.to_dict()["spec"]["encoding"]["y"]["scale"] == {"zero": True}
     with pytest.raises(ValueError, match="nothing that was measured twice"):
         plots.soak(rows[2:])
+
+
+def test_where_nothing_was_recorded_the_command_is_said():
+    for chart, command in ((plots.tried, "record-trust"), (plots.planted, "mutations.py"), (plots.soak, "soak.py")):
+        with pytest.raises(ValueError, match=rf"was given no rows; .*{command}"):
+            chart([])

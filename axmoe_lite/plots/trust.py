@@ -20,6 +20,12 @@ _ROOMS = ("multipliers", "factors", "kernels", "quant", "layers", "pipeline", "m
 _ROOMS += ("cost", "study", "runs", "claims")
 
 
+def _check(rows: list[dict], key: str, asked: str, made_by: str) -> None:
+    if not rows:
+        raise ValueError(f"{asked} was given no rows; {made_by} in a checkout records them.")
+    check_evidence(rows, key)
+
+
 def tried(rows: list[dict]) -> alt.Chart:
     """A dot for each thing that the tests try, at the number of cases (log scale); a menu picks the kind.
 
@@ -27,9 +33,9 @@ def tried(rows: list[dict]) -> alt.Chart:
         rows: of the study ``trust``, as :func:`axmoe_lite.runs.read` returns them.
 
     Raises:
-        ValueError: for rows without evidence, or a kind that is not known.
+        ValueError: for no rows, rows without evidence, or a kind that is not known.
     """
-    check_evidence(rows, "what")
+    _check(rows, "what", "tried()", "pytest -m trust --record-trust")
     table = pd.DataFrame(rows).astype({"cases": int, "tests": int, "failed": int, "skipped": int})
     if unknown := sorted(set(table["kind"]) - set(_KINDS)):
         raise ValueError(f"There are rows of the kind {unknown[0]!r}; there are {', '.join(_KINDS)}.")
@@ -73,9 +79,9 @@ def planted(rows: list[dict]) -> alt.Chart:
         rows: of the study ``mutations``, as :func:`axmoe_lite.runs.read` returns them.
 
     Raises:
-        ValueError: for rows without evidence.
+        ValueError: for no rows, or rows without evidence.
     """
-    check_evidence(rows, "name")
+    _check(rows, "name", "planted()", "python tests/mutations.py --record")
     table = pd.DataFrame(rows)
     table["part"] = [file.split("/")[1].removesuffix(".py") for file in table["file"]]
     table["became"] = ["caught" if test else "survived" for test in table["caught_by"]]
@@ -110,9 +116,9 @@ def soak(rows: list[dict]) -> alt.Chart:
             such as the collector's, are left out.
 
     Raises:
-        ValueError: for rows without evidence, or if nothing was measured twice.
+        ValueError: for no rows, rows without evidence, or if nothing was measured twice.
     """
-    check_evidence(rows, "what")
+    _check(rows, "what", "soak()", "python tests/soak.py --runs 1000 --record")
     table = pd.DataFrame(rows)
     table = table[table.groupby("what")["at"].transform("count") > 1]
     if table.empty:
