@@ -69,7 +69,7 @@ def tried(rows: list[dict]) -> alt.Chart:
     )
     stems = line.mark_rule(strokeWidth=1.5).encode(x2=alt.datum(1))
     dots = line.mark_point(filled=True, size=60, opacity=1)
-    return (stems + dots).add_params(menu).properties(width=250, height=alt.Step(19))
+    return (stems + dots).add_params(menu).properties(width=205, height=alt.Step(19))
 
 
 def planted(rows: list[dict]) -> alt.Chart:
