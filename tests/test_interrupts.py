@@ -111,9 +111,7 @@ def clock(elsewhere, monkeypatch):
 def test_a_clock_that_is_set_in_mid_run_ends_no_run_and_lengthens_none(toy, elsewhere, clock, seconds):
     jump = "if n: pathlib.Path(os.environ['CLOCK']).write_text(str(n))\ntime.sleep(3)\nprint(time.time())"
     path = toy("n = 0", TRACE, jump)
-    # A scheduler that looks every second whether its workers are alive, as it else does every five minutes.
-    eager = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "1s"}
-    process = axmoe("sweep", str(path), f"n=0,{seconds}", "--workers", "2", "--minutes", "5", **eager)
+    process = axmoe("sweep", str(path), f"n=0,{seconds}", "--workers", "2", "--minutes", "5")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "2 finished, 0 failed." in said, said
     again = runs.sweep(path, {"n": [0, seconds]}, progress=False)

@@ -73,7 +73,7 @@ def test_sweeps_of_real_runs_leave_no_process_file_or_thread_behind(record_prope
     seen = list(soak.swept(12, every=3, cell="n * n"))  # the kernels are real, what they compute is not
     record_property("cases", 12)
     assert [one.at for one in seen] == [3, 6, 9, 12] and soak.grown(seen) == [], seen
-    assert all(one.children <= before and one.left <= 1 for one in seen), "the scratch folder of Dask, once"
+    assert all(one.children <= before and one.left == 0 for one in seen)
 
 
 def test_a_run_that_leaves_a_file_and_a_process_behind_is_noticed(monkeypatch):

@@ -1,6 +1,6 @@
 """One run from its folder to its outcome: a process of its own, watched, its threads, time and memory limited.
 
-:func:`perform` is what a sweep calls here, in a thread, or on a Dask worker anywhere. It is safe to call twice for one
+:func:`perform` is what a sweep calls in a thread here, or on a Dask worker anywhere. It is safe to call twice for one
 run, at once or after a crash: a finished run returns its outcome, and two at work on one folder take turns.
 
 Chapter: 10, "Can a hundred runs be trusted?"

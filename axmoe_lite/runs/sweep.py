@@ -3,8 +3,8 @@
     outcomes = sweep("05_networks", {"dataset": ["digits"], "seed": [0, 1, 2]}, workers=2)
 
 What has finished is not run again, so that the same call resumes a sweep that was interrupted, and extends one that was
-not. One worker needs nothing; more are threads of a Dask cluster in this process, each watching a run's own processes;
-``scheduler="tcp://host:8786"`` sends the runs to the workers of a Dask scheduler instead.
+not. Workers are threads of this process, each watching a run's own processes; ``scheduler="tcp://host:8786"`` sends the
+runs to the workers of a Dask scheduler instead.
 
 Chapter: 10, "Can a hundred runs be trusted?"
 """
@@ -18,6 +18,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def sweep(
 
     Raises:
         ValueError: before anything starts: for a chapter, parameter, value or limit that cannot be.
-        ImportError: without Dask, for more than one worker.
+        ImportError: without Dask, for a scheduler.
         ConnectionError: if no scheduler answers, or it has no workers, or workers have other code.
     """
     _check_numbers(workers=workers, threads=threads, minutes=minutes, memory_gb=memory_gb)
@@ -201,7 +202,13 @@ def _outcomes(
 ) -> Iterator[tuple[Work, dict]]:
     if not works:
         return
-    if not scheduler and min(workers, len(works)) == 1:
+    if scheduler:
+        with _client(scheduler) as client:
+            _check_workers(client, works[0].package)
+            yield from _through(client, works, perform)
+    elif min(workers, len(works)) > 1:
+        yield from _side_by_side(works, workers, perform)
+    else:
         if perform is execute.perform:
             perform = functools.partial(perform, on_cell=lambda at, n: bar.set_postfix_str(f"cell {at} of {n}"))
         try:
@@ -209,41 +216,40 @@ def _outcomes(
                 yield work, execute.unpack(work, perform(work))
         finally:
             execute.stop_all()
-        return
-    with _client(scheduler, workers=min(workers, len(works))) as client:
-        _check_workers(client, works[0].package)
-        yield from _through(client, works, perform)
+
+
+def _side_by_side(works: list[Work], workers: int, perform: Callable[[Work], dict]) -> Iterator[tuple[Work, dict]]:
+    """In threads of this process, which only wait for the runs' own processes."""
+    with futures.ThreadPoolExecutor(workers, thread_name_prefix="run") as pool:
+        given = {pool.submit(perform, work): work for work in works}
+        try:
+            for done in futures.as_completed(list(given)):
+                work, error = given.pop(done), done.exception()
+                yield work, _lost(work, error) if error else execute.unpack(work, done.result())
+        finally:  # interrupted: what has not begun never does, and what begins in this moment is stopped in the next
+            pool.shutdown(wait=False, cancel_futures=True)
+            running = [one for one in given if not one.done()]
+            while running:
+                execute.stop_all()
+                running = futures.wait(running, timeout=execute.POLL_SECONDS).not_done
 
 
 @contextlib.contextmanager
-def _client(scheduler: str, *, workers: int) -> Iterator[Any]:
-    """A connection to a Dask scheduler: the one named, or one in this process with so many threads."""
+def _client(scheduler: str) -> Iterator[Any]:
+    """A connection to a Dask scheduler that has a worker."""
     try:
         import dask
         import distributed
     except ImportError as missing:
-        raise ImportError(f"More than one worker, or a scheduler, needs dask.distributed: {INSTALL}") from missing
-    # A run waits for its processes; a worker that is slow to answer meanwhile is not a dead one.
-    quiet = {"distributed.comm.timeouts.connect": "10s", "distributed.worker.memory.terminate": False}
-    quiet |= {"distributed.scheduler.worker-ttl": None}  # or all are dead when the clock is set
-    quiet |= {"distributed.worker.profile.enabled": False}  # which remembers every second of what nobody looks at
-    with dask.config.set(quiet), contextlib.ExitStack() as stack:
-        if scheduler:
-            try:
-                client = distributed.Client(scheduler, timeout=WAIT_SECONDS, set_as_default=False)
-            except (OSError, ValueError) as reason:
-                raise ConnectionError(
-                    f"No Dask scheduler answers at {scheduler!r} ({reason}). Start one with 'dask scheduler' and name"
-                    " its address, as in tcp://host:8786; or leave it out and use --workers."
-                ) from reason
-        else:
-            here = "127.0.0.1:0"  # its status pages: seen from this machine alone, on any free port
-            options = {"n_workers": workers, "threads_per_worker": 1, "processes": False, "silence_logs": 50}
-            options |= {"dashboard_address": here, "worker_dashboard_address": here}
-            cluster = stack.enter_context(distributed.LocalCluster(**options))
-            stack.callback(execute.stop_all)  # before the cluster waits for its threads
-            client = distributed.Client(cluster, set_as_default=False)
-        stack.enter_context(client)
+        raise ImportError(f"A scheduler needs dask.distributed: {INSTALL}") from missing
+    with dask.config.set({"distributed.comm.timeouts.connect": "10s"}), contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(distributed.Client(scheduler, timeout=WAIT_SECONDS, set_as_default=False))
+        except (OSError, ValueError) as reason:
+            raise ConnectionError(
+                f"No Dask scheduler answers at {scheduler!r} ({reason}). Start one with 'dask scheduler' and name"
+                " its address, as in tcp://host:8786; or leave it out and use --workers."
+            ) from reason
         try:
             client.wait_for_workers(1, timeout=WAIT_SECONDS)
         except TimeoutError as reason:
