@@ -28,15 +28,24 @@ def quantise(x: Tensor, scale: Tensor | float) -> Tensor:
         x: floats of any shape.
         scale: positive, one number or a tensor that broadcasts against x (one scale per channel).
 
-    NaN has no code and is not looked for here, for speed; calibration refuses it.
+    NaN has no code and becomes 0; it is not looked for here, for speed. Calibration refuses it, and so do weights.
+
+    Raises:
+        ValueError: for a scale that is not positive and finite.
 
     >>> quantise(torch.tensor([0.24, -9.0, 0.06]), 0.1)
     tensor([  2, -90,   1], dtype=torch.int8)
     """
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    if not bool(((scale > 0) & (scale < torch.inf)).all()):
+        raise ValueError(f"quantise() was given a scale of {_worst(scale)}; it is positive and finite.")
     if scale.numel() == 1:
         return codes_of(x, float(1.0 / scale))
-    return (x.float() * (1.0 / scale)).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+    return (x.float() * (1.0 / scale)).nan_to_num_(nan=0.0).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+
+
+def _worst(scale: Tensor) -> float:
+    return scale[~((scale > 0) & (scale < torch.inf))].flatten()[0].item()
 
 
 def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:

@@ -261,6 +261,38 @@ def test_bad_calibration_is_refused_and_undone(net, x):
     assert assignment_of(net)["0"] == "mul8s_1L2J" and net[0].histograms is None
 
 
+@pytest.mark.trust("input", "weights that are no numbers, and images that do not fit")
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("training", [False, True], ids=["answering", "learning"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_weights_that_are_no_numbers_are_refused_and_not_taken_for_0(kind, part, bad, training):
+    layer = nn.Linear(3, 4) if kind == "linear" else nn.Conv2d(3, 4, 1)
+    x = torch.ones((2, 3) if kind == "linear" else (2, 3, 4, 4))
+    approximate(layer := nn.Sequential(layer), {"0": "mul8s_1L2J"}, calibration=x).train(training)
+    layer(x)
+    getattr(layer[0], part).data.view(-1)[1] = bad
+    with pytest.raises(FloatingPointError, match=f"{'weights' if part == 'weight' else 'biases'} of this layer, 3, 4"):
+        layer(x)
+
+
+@pytest.mark.trust("input", "weights that are no numbers, and images that do not fit")
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 5, 4, 4), (1, 4, 4)])
+def test_images_of_other_channels_are_refused_in_words(shape):
+    layer = nn.Sequential(nn.Conv2d(3, 4, 1))
+    approximate(layer, {"0": "mul8s_1L2J"}, calibration=torch.ones(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        layer(torch.ones(shape))
+
+
+@pytest.mark.trust("input", "weights that are no numbers, and images that do not fit")
+def test_rows_of_another_length_are_refused_in_words():
+    layer = nn.Sequential(nn.Linear(3, 4))
+    approximate(layer, {"0": "mul8s_1L2J"}, calibration=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"takes 3 channels, C of \[..., C\]; it was given \[2, 5\]"):
+        layer(torch.ones(2, 5))
+
+
 def test_a_network_without_layers_is_refused():
     with pytest.raises(ValueError, match="no layer to approximate by default; there are 0"):
         approximate(nn.Sequential(nn.Linear(2, 2)), EXACT)

@@ -82,6 +82,17 @@ def test_what_is_not_finite_is_refused(bad):
         Histogram("conv7").update(bad)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf, torch.tensor([1.0, 0.0, 1.0])])
+def test_a_scale_that_means_nothing_is_refused(bad):
+    with pytest.raises(ValueError, match="a scale of .* positive and finite"):
+        quantise(torch.ones(3), bad)
+
+
+def test_nan_has_no_code_and_becomes_0_for_one_scale_and_for_many():
+    x = torch.tensor([torch.nan, 1.0])
+    assert quantise(x, 0.5).tolist() == quantise(x, torch.tensor([0.5, 0.5])).tolist() == [0, 2]
+
+
 def test_unknown_methods_are_refused():
     seen = Histogram()
     seen.update(torch.ones(3))

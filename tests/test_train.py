@@ -119,6 +119,26 @@ def test_divergence_is_said_and_the_checkpoint_survives(network, textures, tmp_p
     assert not list(tmp_path.glob(".*"))
 
 
+def test_answers_that_are_no_numbers_are_refused_and_not_counted_as_wrong(network, textures):
+    network.fc.bias.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"answers some images of synthetic with NaN"):
+        train.evaluate(network, textures, progress=False)
+
+
+def test_a_last_step_that_leaves_no_numbers_is_divergence_too(network, textures, monkeypatch):
+    """The loss of an epoch is that before its last step."""
+    before, step = weights(network), torch.optim.SGD.step
+
+    def spoiling(self, *args):
+        step(self, *args)
+        network.fc.weight.data[0, 0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spoiling)
+    with pytest.raises(train.Diverged, match=r"last step .*lower lr.*epoch 1 of 1"):
+        train.fit(network, textures, epochs=1, batch_size=len(textures.x_train), progress=False)
+    assert same(before, weights(network))
+
+
 def test_divergence_leaves_the_network_as_before_the_epoch(network, textures, monkeypatch):
     whole = models.resnet8(classes=4, seed=2)
     train.fit(whole, textures, epochs=2, batch_size=64, progress=False)

@@ -26,6 +26,8 @@ def pytest_report_header(config):
 
 
 def pytest_configure(config):
+    if config.getoption("record_trust") and not str(config.getoption("hypothesis_seed")).isdecimal():
+        raise pytest.UsageError("--record-trust writes the seed down: name one, as in --hypothesis-seed=0")
     config.pluginmanager.register(Tally(), "tally")
 
 

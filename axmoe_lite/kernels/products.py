@@ -50,6 +50,11 @@ class _Product:
         self.bytewise = path == "factored" and on_cpu and factored.units(self.factors, fan_in, weight.device)
         self._packed: dict[int, int8.PackedConv2d | int8.PackedLinear | None] = {}
 
+    def _check_channels(self, x: Tensor, n: int, axis: int) -> None:
+        if x.shape[axis] != n:
+            inputs = "[N, C, H, W]" if axis == 1 else "[..., C]"
+            raise ValueError(f"This layer takes {n} channels, C of {inputs}; it was given {list(x.shape)}.")
+
     def units(self, offset: int) -> int8.PackedConv2d | int8.PackedLinear | None:
         """The weights as the units want them for images with this zero point, or None if they cannot."""
         if offset not in self._packed:
@@ -104,7 +109,12 @@ class ConvProduct(_Product):
     def _pack(self, terms: Tensor, offset: int) -> int8.PackedConv2d:
         return int8.PackedConv2d(terms, self.scale_of_terms, self.bias, offset, **self.options_of_units)
 
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.options["groups"]
+
     def __call__(self, x: Tensor) -> Tensor:
+        self._check_channels(x, self.in_channels, 1)
         if self.bytewise and x.numel():
             image = factored.padded(x.float(), self.by_hand)
             rows, groups = image.permute(0, 2, 3, 1), self.options["groups"]
@@ -122,6 +132,7 @@ class LinearProduct(_Product):
         return int8.PackedLinear(terms, self.scale_of_terms, self.bias, offset)
 
     def __call__(self, x: Tensor) -> Tensor:
+        self._check_channels(x, self.weight.shape[1], -1)
         if self.bytewise and x.numel():
             rows, offset = encode_unsigned(x.float(), self.factors, inverse_scale=self.inverse_scale)
             if (units := self.units(offset)) is not None:

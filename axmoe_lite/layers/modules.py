@@ -101,6 +101,12 @@ class _Weighted(Approximate):
         self._check_calibrated()
         with torch.no_grad():
             scale_w = quant.weight_scale(self.weight, per_channel=self.per_channel)
+            for part, held in (("weights", scale_w), ("biases", self.bias)):  # a scale holds the largest weight
+                if held is not None and not bool(held.isfinite().all()):
+                    raise FloatingPointError(
+                        f"Among the {part} of this layer, {self.extra_repr()}, some are NaN or infinite: training has"
+                        " diverged (lower lr), or the file they came from is damaged."
+                    )
             spread = scale_w.view(-1, *[1] * (self.weight.ndim - 1)) if self.per_channel else scale_w
             codes = quant.quantise(self.weight, spread)
             bias = None if self.bias is None else self.bias.float()

@@ -61,9 +61,10 @@ class Encode:
 
     def run(self, values: dict, buffers: dict) -> Tensor:
         product, x = self.product, values[self.source]
-        if x.ndim != 4:
+        if x.ndim != 4 or x.shape[1] != product.in_channels:
             raise ValueError(
-                f"A frozen network takes batches of images [N, C, H, W]; a convolution met {list(x.shape)}."
+                f"A frozen network takes batches of images [N, C, H, W]; a convolution of {product.in_channels}"
+                f" channels met {list(x.shape)}."
             )
         x = factored.padded(x, product.by_hand)
         rows = x.permute(0, 2, 3, 1).contiguous()

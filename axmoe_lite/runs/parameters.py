@@ -98,6 +98,8 @@ class Parameter:
         ):
             limits, needed = self._limits(), KINDS.get(self.kind, "a number, text, true or false")
             raise ValueError(f"{self.name} is {given!r}; it needs {needed}{limits and ', '}{limits}.")
+        if type(value) is int and not -(2**63) <= value < 2**63:  # which torch's generators, for one, do not take
+            raise ValueError(f"{self.name} is a number of {value.bit_length()} bits; 63 at most are taken.")
         if self.allowed == "multiplier":
             try:
                 multiplier(value := pinned(value))

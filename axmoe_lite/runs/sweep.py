@@ -207,7 +207,7 @@ def _outcomes(
             _check_workers(client, works[0].package)
             yield from _through(client, works, perform)
     elif min(workers, len(works)) > 1:
-        yield from _side_by_side(works, workers, perform)
+        yield from _side_by_side(works, min(workers, len(works)), perform)
     else:
         if perform is execute.perform:
             perform = functools.partial(perform, on_cell=lambda at, n: bar.set_postfix_str(f"cell {at} of {n}"))

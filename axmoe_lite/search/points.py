@@ -310,12 +310,14 @@ def _epochs(
         passed = sum(epoch - 1 >= round(share * epochs, 9) for share in settings["milestones"])
         for group in stepper.param_groups:
             group["lr"] = settings["lr"] * 0.1**passed
-        losses, accuracies = _one_epoch(points, images, stepper, shared, settings, epoch)
-        if not all(map(math.isfinite, losses)):
+        try:
+            losses, accuracies = _one_epoch(points, images, stepper, shared, settings, epoch)
+            if not all(map(math.isfinite, losses)):
+                raise FloatingPointError(f"The losses of the points became {losses}.")
+        except FloatingPointError as reason:
             points.load_state_dict(before)
             bar.close()
-            reason = f"The losses of the points became {losses} (epoch {epoch} of {epochs}); lower lr."
-            raise Diverged(reason, epoch=epoch, history=history)
+            raise Diverged(f"{reason} (epoch {epoch} of {epochs}); lower lr.", epoch=epoch, history=history) from None
         row = {"epoch": epoch, "lr": stepper.param_groups[0]["lr"], "loss": sum(losses) / len(losses)}
         row |= {"losses": losses, "train_accuracies": accuracies, "seconds": time.perf_counter() - start}
         history.append(row)
@@ -337,7 +339,7 @@ def _one_epoch(
 ) -> tuple[list[float], list[float]]:
     """Each point's mean loss and accuracy over the (augmented) training set, while all of them learn."""
     device, n, o = images.x_train.device, len(images.x_train), len(points.assignments)
-    generator = torch.Generator().manual_seed(settings["seed"] * 100_003 + epoch)
+    generator = torch.Generator().manual_seed((settings["seed"] * 100_003 + epoch) % 2**63)
     losses, correct = torch.zeros(2, o, device=device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())  # for layers that draw their own noise

@@ -161,20 +161,20 @@ def _epochs(
                 model,
                 images,
                 stepper,
-                generator=torch.Generator().manual_seed(seed * 100_003 + epoch),
+                generator=torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63),
                 first_step=(epoch - 1) * steps_per_epoch,
                 steps=epochs * steps_per_epoch,
                 warmup=round(settings["warmup_epochs"] * steps_per_epoch),
                 settings=all_settings,
                 penalty=penalty,
             )
+            seconds = time.perf_counter() - start
+            measure = evaluate_every and epoch % evaluate_every == 0
+            test = evaluate(model, images, progress=False) if measure else None
         except FloatingPointError as reason:
             model.load_state_dict(before)
             bar.close()
             raise Diverged(f"{reason} (epoch {epoch} of {epochs})", epoch=epoch, history=history) from None
-        seconds = time.perf_counter() - start
-        measure = evaluate_every and epoch % evaluate_every == 0
-        test = evaluate(model, images, progress=False) if measure else None
         history.append(
             {
                 "epoch": epoch,
@@ -290,6 +290,8 @@ def _one_epoch(
             correct += (scores.argmax(1) == y).sum()
             if step % CHECK_EVERY == 0 or (step + 1) * settings["batch_size"] >= n:
                 _check_finite(loss_sum.item(), first_step + step + 1, settings["lr"])
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise FloatingPointError(f"The last step left weights that are no numbers, at lr = {settings['lr']}; lower lr.")
     return loss_sum.item() / n, correct.item() / n
 
 

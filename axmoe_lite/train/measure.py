@@ -40,6 +40,10 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 250, progress
     """The class of the highest score for each test image: int64 [N], on the CPU.
 
     The model is in evaluation mode during the call, and each of its modules in its own mode after it.
+
+    Raises:
+        ValueError: if the model cannot take the images.
+        FloatingPointError: if a score is NaN, of which none is the highest.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least 1 image is answered at a time.")
@@ -48,7 +52,13 @@ def predict(model: nn.Module, images: Images, *, batch_size: int = 250, progress
     with evaluating(model):
         for x in tqdm(images.x_test.split(batch_size), desc="predict", leave=False, disable=not progress):
             x = images.normalised(x.to(device)).contiguous(memory_format=torch.channels_last)
-            guesses.append(model(x).argmax(1).cpu())
+            scores = model(x)
+            if bool(scores.isnan().any()):
+                raise FloatingPointError(
+                    f"This {type(model).__name__} answers some images of {images.name} with NaN: its training has"
+                    " diverged, or its weights are damaged."
+                )
+            guesses.append(scores.argmax(1).cpu())
     return torch.cat(guesses)
 
 
