@@ -130,7 +130,7 @@ def soak(rows: list[dict]) -> alt.Chart:
         alt.Chart(long)
         .mark_line(point=alt.OverlayMarkDef(size=45), strokeWidth=2)
         .encode(
-            x=alt.X("at:Q", title="runs, or rounds"),
+            x=alt.X("at:Q", title="runs, or rounds", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=2)),
             y=alt.Y("held:Q", title=None, scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1, tickCount=4)),
             color=alt.Color("what:N", title=None, legend=alt.Legend(orient="top")),
             tooltip=["what", "at", "of", "held", "commit", "date", "device"],
