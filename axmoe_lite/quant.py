@@ -37,15 +37,11 @@ def quantise(x: Tensor, scale: Tensor | float) -> Tensor:
     tensor([  2, -90,   1], dtype=torch.int8)
     """
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
-    if not bool(((scale > 0) & (scale < torch.inf)).all()):
-        raise ValueError(f"quantise() was given a scale of {_worst(scale)}; it is positive and finite.")
+    if bool((bad := ~((scale > 0) & (scale < torch.inf))).any()):
+        raise ValueError(f"quantise() was given a scale of {scale[bad][0].item()}; it is positive and finite.")
     if scale.numel() == 1:
         return codes_of(x, float(1.0 / scale))
     return (x.float() * (1.0 / scale)).nan_to_num_(nan=0.0).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
-
-
-def _worst(scale: Tensor) -> float:
-    return scale[~((scale > 0) & (scale < torch.inf))].flatten()[0].item()
 
 
 def dequantise(codes: Tensor, scale: Tensor | float) -> Tensor:

@@ -233,7 +233,7 @@ def fine_tune(
 
     Raises:
         ValueError: for an option out of its range, nothing that could learn, or a checkpoint that another call made.
-        Diverged: when a loss is no number any more; points are as before that epoch.
+        Diverged: when a loss or a weight is no number any more; points are as before that epoch.
     """
     _check_learning(epochs, lr, batch_size, milestones)
     moe.check_option("augment", augment, AUGMENTATIONS)

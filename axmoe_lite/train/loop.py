@@ -93,7 +93,7 @@ def fit(
 
     Raises:
         ValueError: for an unknown option, or a checkpoint that another call made.
-        Diverged: when the loss is no longer finite; the last good checkpoint stays.
+        Diverged: when the loss, a weight or an answer is no number any more; the last good checkpoint stays.
 
     >>> from axmoe_lite import datasets, models
     >>> images = datasets.synthetic(classes=2, size=8, n_train=64, n_test=32)
