@@ -126,7 +126,9 @@ class Histogram:
         """
         if x.numel() == 0:
             raise ValueError(f"Calibration of {self.name!r} met an empty batch; give at least one image.")
-        size = x.detach().float().abs().flatten()
+        size = x.detach().float().abs()
+        # In the order of memory: the counts do not depend on it, and a copy in the order of the axes takes longest.
+        size = size.permute(sorted(range(size.dim()), key=size.stride, reverse=True)).flatten()
         largest = float(size.max())
         if not largest < float("inf"):
             bad = int((~torch.isfinite(size)).sum())
@@ -141,7 +143,7 @@ class Histogram:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.top *= 2
-        bins = (size * (self.BINS / self.top if self.top else 0)).long().clamp_max(self.BINS - 1)
+        bins = size.mul_(self.BINS / self.top if self.top else 0).clamp_max_(self.BINS - 1).int()
         self.counts += torch.bincount(bins, minlength=self.BINS).double().cpu()
 
     def scale(self, method: str = "percentile", *, percentile: float = 99.99) -> Tensor:

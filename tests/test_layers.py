@@ -343,3 +343,16 @@ def test_all_thirteen_run_in_resnet20(textures):
         scores = {name: approximate(network, name)(x) for name in EVOAPPROX}
     assert len(assignment_of(network)) == 21
     assert len({tuple(s.flatten().tolist()) for s in scores.values()}) == 13, "no two circuits answer the same"
+
+
+def test_called_again_it_keeps_how_a_layer_rounds_and_learns(net, x):
+    approximate(net, EXACT, calibration=x, per_channel=True, gradient="smoothed")
+    approximate(net, "mul8s_1KVA")
+    assert [(net[i].per_channel, net[i].gradient) for i in (0, 2, 4)] == [(True, "smoothed")] * 3
+    with pytest.raises(ValueError, match="gradient='smoothed' needs one table a layer"):
+        approximate(net, {"0": ["mul8s_1KVA", "mul8s_1KV6"] * 4})
+    approximate(net, {"0": "mul8s_1KVA", "4": "mul8s_1KVA"}, per_channel=False)
+    approximate(net, "mul8s_1L2J", gradient="straight-through", calibration=x)  # 2 was exact in between
+    told = [(net[i].per_channel, net[i].gradient) for i in (0, 2, 4)]
+    assert told == [(False, "straight-through")] * 3
+    assert torch.equal(net[0](x), by_law(net[0], x))

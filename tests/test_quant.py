@@ -108,3 +108,17 @@ def test_all_zero_activations_have_a_usable_scale():
     seen = Histogram()
     seen.update(torch.zeros(10))
     assert quantise(torch.zeros(2), seen.scale()).tolist() == [0, 0]
+
+
+def test_how_activations_lie_in_memory_changes_nothing():
+    x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    before, seen = x.clone(), []
+    lying = [x, x.contiguous(memory_format=torch.channels_last), x.permute(3, 0, 1, 2), x.repeat(1, 1, 1, 2)[..., :6]]
+    for one in [*lying, x[:, :, ::2].repeat_interleave(2, 2), x.double()]:
+        seen.append(Histogram())
+        seen[-1].update(one)
+    assert all(torch.equal(one.counts, seen[0].counts) for one in [*seen[:4], seen[5]])
+    assert not torch.equal(seen[4].counts, seen[0].counts) and torch.equal(x, before)
+    width = seen[0].top / Histogram.BINS
+    expected = torch.bincount((x.abs() / width).floor().long().flatten(), minlength=Histogram.BINS)
+    assert torch.equal(seen[0].counts, expected.double())

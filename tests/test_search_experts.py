@@ -319,6 +319,8 @@ def test_a_trial_leaves_the_network_and_keeps_one_range(hard, textures):
     few = trial.place({"layer1.0.conv1": "mul8s_1L2L"})
     assert list(assignment_of(few)) == ["layer1.0.conv1"], "the others are exact floats"
     assert trial.score({}).divergence == pytest.approx(0, abs=1e-9)
+    rounded = Trial(hard, textures, n=64, calibrate_options={"n": 50, "per_channel": True}).place(mixed)
+    assert all(rounded.get_submodule(name).per_channel for name in mixed)
 
 
 def test_every_expert_is_corrected_even_an_idle_one(hard, textures):

@@ -1,5 +1,6 @@
 """AxMoE's question as one function: every combination runs, resumes, and leaves what it was given as it was."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -311,6 +312,20 @@ def test_options_reach_calibration(small, monkeypatch):
     options = {"n": 5, "per_channel": True}
     list(study.measure(narrow("resnet8", small), small, ["mul8s_1KV6"], calibrate_options=options, progress=False))
     assert seen == [options]
+
+
+def test_one_calibration_serves_every_circuit(small, monkeypatch):
+    network, names = narrow("resnet8", small, "hard", width=1 / 4), ["mul8s_1KVA", "float32", "mul8s_1L2L"]
+    options = {"regimes": study.REGIMES, "calibrate_options": {"n": 7, "per_channel": True, "gradient": "smoothed"}}
+    alone = [row for name in names for row in timeless(study.measure(network, small, [name], **ONCE | options))]
+    seen, real = [], in_rows.calibrate
+    monkeypatch.setattr(in_rows, "calibrate", lambda *given, **options: seen.append(given) or real(*given, **options))
+    assert timeless(study.measure(network, small, names, **ONCE | options)) == alone
+    assert len(seen) == 1
+    healed = train.calibrate(copy.deepcopy(network), "mul8s_1L2L", small, **options["calibrate_options"])
+    right = train.predict(healed, small, progress=False) == small.y_test
+    (row,) = [row for row in alone if (row["multiplier"], row["regime"]) == ("mul8s_1L2L", "not retrained")]
+    assert row["answers"] == study.pack_answers(right)
 
 
 def test_networks_are_built_for_the_images(small, few):

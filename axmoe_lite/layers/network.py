@@ -117,13 +117,13 @@ def approximate(
     calibration: Tensor | Iterable[Tensor] | None = None,
     method: str = "percentile",
     percentile: float = 99.99,
-    per_channel: bool = False,
-    gradient: str = "straight-through",
+    per_channel: bool | None = None,
+    gradient: str | None = None,
 ) -> nn.Module:
     """Give layers of a network their multipliers, in place, and calibrate those that need it.
 
-    Called again it replaces the assignment: layers named then and not now become exact again, and scales
-    already calibrated are kept unless ``calibration`` is given anew.
+    Called again it replaces the assignment: layers named then and not now become exact again. Scales already
+    calibrated are kept unless ``calibration`` is given anew, and so are ``per_channel`` and ``gradient``.
 
     Args:
         network: any torch module; only its ``nn.Conv2d``, ``nn.Linear`` and :class:`Matmul` are touched.
@@ -134,9 +134,11 @@ def approximate(
         calibration: a batch as the network expects it ([N, C, H, W], normalised), or several. The exact
             network is run on it in evaluation mode to see how large each layer's inputs are.
         method, percentile: how the activation range is chosen, see :class:`axmoe_lite.quant.Histogram`.
-        per_channel: one weight scale for each output channel instead of one a layer.
+        per_channel: one weight scale for each output channel instead of one a layer. None: as the layer has it now,
+            and one a layer where it was exact until now.
         gradient: what training sees of the multiplier: ``"straight-through"`` (exact products) or
-            ``"smoothed"`` (the table's own slopes, see :mod:`axmoe_lite.layers.gradients`).
+            ``"smoothed"`` (the table's own slopes, see :mod:`axmoe_lite.layers.gradients`). None: as the layer has it
+            now, and straight-through where it was exact.
 
     Returns:
         The same network.
@@ -153,7 +155,9 @@ def approximate(
     Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     quant.check_method(method, percentile)
-    check_gradient(gradient)
+    if gradient is not None:
+        check_gradient(gradient)
+    asked = {"per_channel": per_channel, "gradient": gradient}
     chosen = _resolve(network, assignment, gradient)
     before = approximable(network)
     after: dict[str, nn.Module] = {}
@@ -161,7 +165,9 @@ def approximate(
         exact = layer.exact if isinstance(layer, Approximate) else layer
         after[name] = exact
         if name in chosen:
-            after[name] = KINDS[type(exact)](exact, chosen[name], per_channel=per_channel, gradient=gradient)
+            options = {key: getattr(layer, key, None) if value is None else value for key, value in asked.items()}
+            options = {key: value for key, value in options.items() if value is not None}
+            after[name] = KINDS[type(exact)](exact, chosen[name], **options)
             if isinstance(layer, Approximate):
                 for scale in layer.SCALES:
                     getattr(after[name], scale).copy_(getattr(layer, scale))
@@ -201,7 +207,7 @@ def chosen_multiplier(choice: Choice) -> Multiplier | Mosaic:
     return choice if isinstance(choice, Multiplier | Mosaic) else multiplier(choice)
 
 
-def _resolve(network: nn.Module, assignment: Assignment, gradient: str) -> dict[str, Multiplier | Mosaic]:
+def _resolve(network: nn.Module, assignment: Assignment, gradient: str | None) -> dict[str, Multiplier | Mosaic]:
     known = approximable(network)
     if not isinstance(assignment, dict):
         names = default_layers(network)
@@ -220,8 +226,9 @@ def _resolve(network: nn.Module, assignment: Assignment, gradient: str) -> dict[
         if isinstance(value, Mosaic):
             if exact_kind(known[name]) is Matmul:
                 raise ValueError(f"Layer {name!r} multiplies two activations; {value.name!r} needs weights to lie on.")
-            if gradient != "straight-through":
-                raise ValueError(f"gradient={gradient!r} needs one table a layer; {name!r} has {value.name!r}.")
+            slope = gradient or getattr(known[name], "gradient", "straight-through")
+            if slope != "straight-through":
+                raise ValueError(f"gradient={slope!r} needs one table a layer; {name!r} has {value.name!r}.")
             value.check_fits(name, known[name].weight.shape)
     return chosen
 

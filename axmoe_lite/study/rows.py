@@ -5,6 +5,7 @@ Chapter: 09, "What does accuracy cost?"
 
 import base64
 import copy
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
-from axmoe_lite.layers import approximable, assignment_of, default_layers
+from axmoe_lite.layers import approximable, approximate, assignment_of, default_layers
 from axmoe_lite.layers.correction import correct_bias
 from axmoe_lite.multipliers import EXACT, errors, multiplier
 from axmoe_lite.study.networks import check_known, device_of
@@ -101,11 +102,17 @@ def measure(
         for name, table in tables.items()
     }
 
+    @functools.cache
+    def in_bytes() -> nn.Module:  # the range of a layer's codes does not depend on the multiplier
+        exact = dict.fromkeys(layers, EXACT)
+        return calibrate(copy.deepcopy(network), exact, images, **(calibrate_options or {}))
+
     def one(name: str, wanted: list[str]) -> Iterator[dict]:
-        calibrated, start, table = copy.deepcopy(network), time.perf_counter(), tables[name]
+        start, table = time.perf_counter(), tables[name]
+        calibrated = copy.deepcopy(in_bytes() if table else network)
         file = None if checkpoint is None else str(checkpoint).replace("{multiplier}", name.replace(":", "-"))
-        if table is not None:
-            calibrate(calibrated, dict.fromkeys(layers, table), images, **(calibrate_options or {}))
+        if table:
+            approximate(calibrated, dict.fromkeys(layers, table))
         for regime in wanted:
             healed = calibrated if regime == wanted[-1] else copy.deepcopy(calibrated)
             outcome = _heal(healed, regime, images, checkpoint=file, **retraining)
