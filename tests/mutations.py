@@ -175,7 +175,7 @@ MUTATIONS = (
              "axmoe_lite/layers/modules.py",
              "if all(a.device == b.device and torch.equal(a, b) for a, b in pairs)",
              "if all(a.device == b.device and a.shape == b.shape for a, b in pairs)",
-             "tests/test_gradients.py::test_no_product_is_older_than_the_weights"),
+             "tests/test_products.py::test_no_product_is_older_than_the_weights"),
     Mutation("residual-after-relu", "a residual is added after the ReLU where it should be added before",
              "axmoe_lite/pipeline/steps.py",
              "y = self.units(x) + residual  #",
@@ -265,7 +265,7 @@ MUTATIONS = (
              "axmoe_lite/claims/statistics.py",
              "return centre + math.sqrt(n_seeds / (n_seeds - 1)) * (drawn - centre)",
              "return drawn",
-             "tests/test_claims.py"),
+             "tests/test_claims_statistics.py"),
     # ---- search
     Mutation("chosen-on-test-images", "a search scores its networks on the test images",
              "axmoe_lite/search/trial.py",

@@ -1,4 +1,4 @@
-"""What hypothesis draws for test_law.py and test_rules.py: tables, operands, layouts, shapes.
+"""What hypothesis draws for test_law.py and test_rules.py: tables, operands, layouts, shapes; and what takes them.
 
 Shapes and kinds are drawn one by one, so that a failure shrinks; numbers come from one seed each.
 """
@@ -11,11 +11,13 @@ from unittest import mock
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import nn
 
-from axmoe_lite import EVOAPPROX, Multiplier, multiplier
-from axmoe_lite.kernels import encode, int8
+from axmoe_lite import EVOAPPROX, Multiplier, conv2d, layers, matmul, multiplier
+from axmoe_lite.kernels import encode, factored, int8
 from axmoe_lite.multipliers import exact_table
 
+CPU = torch.device("cpu")
 LIMIT = 2**31 - 1  # of a sum
 SWAPPED = [f"swap:{name}" for name in ("mul8s_1L12", "mul8s_1KXF", "mul8s_1KVM")]
 FAMILIES = ["drum(4)", "roba()", "roup(0,4)", "pr(1,4)", "pr(1,2)", "mitchell()", "truncation(3)", "within(-30,30,500)"]
@@ -182,3 +184,33 @@ def convolutions(draw, least: int = 0):
     size = [max(0, n) + draw(st.integers(0, 6)) for n in reach]
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     return (images, groups * per_group, *size), (groups * out, per_group, *kernel), options
+
+
+# ------------------------------------------------------------------------------------- what takes them
+
+
+def convolved(x, w, m, path, **options):
+    """By this path, or by whichever is possible."""
+    able = path != "factored" or factored.possible(m, w.shape[1:].numel(), w.shape[2:].numel(), CPU)
+    return conv2d(x, w, m, path=path if able else "auto", **options)
+
+
+def multiplied(a, b, m, path):
+    able = path != "factored" or factored.possible(m, a.shape[-1], 1, CPU)
+    return matmul(a, b, m, path=path if able else "auto")
+
+
+def layer_of(exact, m, scale=0.37, **options):
+    layer = layers.modules.KINDS[type(exact)](exact, m, **options)
+    for name in layer.SCALES:
+        getattr(layer, name).fill_(scale)
+    return layer.eval()
+
+
+def small_network(seed, *, norm=True):
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity(), nn.ReLU(),
+        nn.Conv2d(6, 6, 3, 2, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 9, 7), nn.ReLU(), nn.Linear(7, 4),
+    )  # fmt: skip
+    return network.eval(), torch.randn(4, 3, 6, 6, generator=generator(seed))
