@@ -127,10 +127,10 @@ def test_calibration_that_cannot_be_leaves_the_network_as_it_was(network, x, ima
             approximate(network, "mul8s_1L2J", calibration=calibration)
         assert not assignment_of(network)
     options = [{"percentile": p} for p in (0, -1, 101, NAN, INF, "x", None)] + [{"method": m} for m in ("x", None, 3)]
-    for wrong in [*options, {"gradient": "x"}, {"gradient": None}]:
+    for wrong in [*options, {"gradient": "x"}, {"gradient": 3}, {"per_channel": "no"}]:
         with pytest.raises(ValueError):
             approximate(network, "mul8s_1L2J", calibration=x, **wrong)
-    record_property("cases", len(broken) + len(options) + 2)
+    record_property("cases", len(broken) + len(options) + 3)
 
 
 @pytest.mark.parametrize("wrong", ["resnet20", None, 3, nn.ReLU, []], ids=str)

@@ -157,6 +157,8 @@ def approximate(
     quant.check_method(method, percentile)
     if gradient is not None:
         check_gradient(gradient)
+    if per_channel not in (None, False, True):
+        raise ValueError(f"per_channel is {per_channel!r}; it is True or False, or None for what the layer has now.")
     asked = {"per_channel": per_channel, "gradient": gradient}
     chosen = _resolve(network, assignment, gradient)
     before = approximable(network)
