@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
+from faults import wait_for
 
 from axmoe_lite import runs
 from axmoe_lite.runs import store
@@ -61,13 +61,6 @@ def cluster(tmp_path):
                 member.kill()
             process.wait()
             process.stdout.close()
-
-
-def wait_for(true, *, within: float = 60.0) -> None:
-    end = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.mark.trust("fault", "a worker is killed")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faults import wait_for
 
 from axmoe_lite import paths, runs
 from axmoe_lite.__main__ import main
@@ -238,13 +239,6 @@ def test_training_that_was_killed_ends_with_the_same_bits(toy, elsewhere, tmp_pa
     whole = runs.run(toy("n = 1", SAY, TRAIN, FIT, "'in one go'"), progress=False)
     assert resumed["state"] == whole["state"] == "finished"
     assert output(resumed) == output(whole) != ""
-
-
-def wait_for(true, *, within: float = 60.0) -> None:
-    end = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.trust("fault", "two sweeps run at once in one folder")
