@@ -291,6 +291,9 @@ def test_coverage_counts_wanted_cells():
     assert [r["done"] for r in find(chart, network="vgg11_bn", choice="all")] == [0] * 4
     assert not find(chart, network="resnet20")  # it is there already, with its data
     assert texts(chart).count("not run") == 2 + 4 + 3
+    vit = spec_of(figures.coverage_chart, ROWS, networks=["vit_small"], seeds=[0])
+    kinds = ("all", "retrained", "norms refreshed")
+    assert [find(vit, network="vit_small", choice=kind)[0]["of"] for kind in kinds] == [8 * 3, 8, 0]
     with pytest.raises(ValueError, match="No network is called 'vgg12_bn'"):
         figures.coverage_chart(ROWS, networks=["vgg12_bn"])
     with pytest.raises(ValueError, match="name at least one"):

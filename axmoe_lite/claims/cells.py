@@ -19,7 +19,7 @@ from axmoe_lite.claims.paper import NETWORKS
 from axmoe_lite.claims.statistics import Interval, paired_bootstrap, unpaired_normal
 from axmoe_lite.models import TOPOLOGIES
 from axmoe_lite.multipliers import PAPER_EIGHT
-from axmoe_lite.study import REGIMES, unpack_answers
+from axmoe_lite.study import regimes_for, unpack_answers
 
 CLASSES = {"cifar100": 100, "cifar10": 10, "tiny-imagenet-200": 200, "digits": 10}
 SHOWN = 4  # names of a kind that a sentence lists
@@ -180,8 +180,7 @@ def coverage(
         for network in networks
         for topology in TOPOLOGIES
         for seed in seeds
-        for regime in REGIMES
-        if not (regime == "norms refreshed" and network.startswith("vit"))
+        for regime in regimes_for(network)
     ]
 
 

@@ -38,7 +38,7 @@ from axmoe_lite.plots.study_rows import (
     with_gaps,
 )
 from axmoe_lite.plots.theme import BLUE, SKY
-from axmoe_lite.study import NETWORKS, REGIMES
+from axmoe_lite.study import NETWORKS, REGIMES, regimes_for
 
 ALL = "all"
 _SHADES = dict(zip(TOPOLOGIES, COLOURS.range, strict=True))
@@ -298,11 +298,12 @@ def coverage_chart(
     names = [*have, *(name for name in networks if name not in have.values())]
     cells = []
     for network, topology, choice in ((n, t, c) for n in names for t in TOPOLOGIES for c in (ALL, *regimes)):
-        wanted = [(m, r, s) for r in regimes if choice in (ALL, r) for m in multipliers for s in seeds]
+        possible = [r for r in regimes if choice in (ALL, r) and r in regimes_for(have.get(network, network))]
+        wanted = [(m, r, s) for r in possible for m in multipliers for s in seeds]
         open_ = [cell for cell in wanted if (network, topology, *cell) not in run]
         done = len(wanted) - len(open_)
         place = {"network": network, "topology": topology, "choice": choice, "done": done, "of": len(wanted)}
-        cells.append({**place, "share": round(done / len(wanted), 3), "missing": in_words(open_)})
+        cells.append({**place, "share": round(done / max(1, len(wanted)), 3), "missing": in_words(open_)})
     buttons = alt.param("coverage_regime", value=ALL, bind=alt.binding_radio(options=[ALL, *regimes], name="regime  "))
     base = (
         alt.Chart(pd.DataFrame(cells))
@@ -321,7 +322,10 @@ def coverage_chart(
         base.mark_rect(fill="#f3f3f3", stroke="#ccc", strokeDash=[3, 3]),
         some.mark_rect(stroke="white").encode(color=colour),
         some.transform_calculate(text="datum.done+' of '+datum.of").mark_text().encode(text="text:N", color=dark),
-        base.transform_filter("datum.done==0").mark_text(color="#999", fontSize=11).encode(text=alt.value("not run")),
+        base.transform_filter("datum.done==0")
+        .transform_calculate(text="datum.of==0?'no BatchNorm':'not run'")
+        .mark_text(color="#999", fontSize=11)
+        .encode(text="text:N"),
     ]
     of = f"Wanted: {len(multipliers)} multipliers, {len(regimes)} regimes, seeds {listed(seeds)}."
     heading = alt.Title("What has been run, and what is empty?", subtitle=of, offset=8)

@@ -16,7 +16,7 @@ Chapters: 09, "What does accuracy cost?", and 11, "Does the paper hold?"
 """
 
 from axmoe_lite.study.networks import NETWORKS, build, exact, footprint
-from axmoe_lite.study.rows import REGIMES, measure, pack_answers, unpack_answers
+from axmoe_lite.study.rows import REGIMES, measure, pack_answers, regimes_for, unpack_answers
 from axmoe_lite.study.whole import AT_HAND, KEY, at_hand, run
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "footprint",
     "measure",
     "pack_answers",
+    "regimes_for",
     "run",
     "unpack_answers",
 ]

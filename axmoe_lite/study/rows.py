@@ -25,6 +25,15 @@ from axmoe_lite.train import calibrate, norms_of, predict, refresh_norms, retrai
 REGIMES = ("not retrained", "bias corrected", "norms refreshed", "retrained")
 
 
+def regimes_for(network: str) -> tuple[str, ...]:
+    """Those of :data:`REGIMES` that a network of this name can be in: a transformer has no averages to refresh.
+
+    >>> regimes_for("vit_small")
+    ('not retrained', 'bias corrected', 'retrained')
+    """
+    return tuple(r for r in REGIMES if not (r == "norms refreshed" and network.startswith("vit")))
+
+
 def measure(
     network: nn.Module,
     images: Images,
