@@ -367,6 +367,9 @@ def test_where_the_regime_is_not_said_either_will_do():
     healed = numbers(lambda t, m, r: 0.70 if m == EXACT or r == "retrained" else 0.40)
     line = part(healed, "N2", "resnet20: dense, accuracy")
     assert line["verdict"] == YES and "(retrained)" in line["comparison"] and "does not say" in line["reason"]
+    worse = numbers(lambda t, m, r: 0.70 if m == EXACT else 0.50 if r == "retrained" else 0.30)
+    line = part(worse, "N2", "resnet20: dense, accuracy")
+    assert line["verdict"] == NO and "(retrained)" in line["comparison"] and "ours -20.00 points" in line["measured"]
 
 
 def test_upper_bounds():

@@ -40,10 +40,10 @@ def number_lines(cells: Cells) -> list[dict]:
 
 
 def _accuracy(cells: Cells, number: Number) -> dict:
-    """Where the summary does not say which regime it means, the one that agrees is taken for it."""
+    """Where the summary does not say which regime it means, the one that agrees is taken for it, or comes nearest."""
     readings = [_reading(cells, number, regime) for regime in number.regimes]
     order = (REPRODUCED, NOT_TESTABLE, NOT_REPRODUCED)
-    best = min(readings, key=lambda line: order.index(line["verdict"]))
+    best = min(readings, key=lambda line: (order.index(line["verdict"]), abs(line.get("effect", 0))))
     best["part"] = f"{number.network}: {number.topology}, accuracy"
     if len(readings) > 1:
         best["reason"] += " The summary does not say whether it was retrained; either would do."
