@@ -4,6 +4,7 @@ Chapter: 11, "Does the paper hold?"
 """
 
 import copy
+import time
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def errors_by_layer(
     Returns:
         One dict a multiplier and layer: ``multiplier``, ``digest``, ``power_mw``, ``layer``, and, relative to the root
         mean square of the outputs' standard deviations over its channels, ``shift``, that of the channels' mean
-        errors, and ``scatter``, that of their standard deviations.
+        errors, and ``scatter``, that of their standard deviations; ``seconds`` of the multiplier.
 
     Raises:
         ValueError: for a multiplier that does not exist, or a network without layers to approximate.
@@ -50,10 +51,12 @@ def errors_by_layer(
     calibrate(copied, EXACT, images, n=calibration)
     x = images.normalised(images.subset(n_train=n).x_train.to(device_of(network)))
     for table in tables:
+        start = time.perf_counter()
         approximate(copied, dict.fromkeys(default_layers(copied), table))
         with moe.no_idle_experts(copied):
             measured = layer_errors(copied, x)
         told = {"multiplier": table.name, "digest": table.digest, "power_mw": table.power_mw}
+        told["seconds"] = round(time.perf_counter() - start, 2)
         for layer, error in measured.items():
             signal = max(_rms(error.signal), 1e-12)
             parts = {"shift": _rms(error.shift) / signal, "scatter": _rms(error.scatter) / signal}
