@@ -201,7 +201,12 @@ def layer_errors(rows: list[dict]) -> alt.LayerChart:
     kind = alt.param("errors_kind", value=told["shift"], bind=bound)
     base = alt.Chart(table[table["error"] > 0]).transform_filter("datum.kind == errors_kind")
     place = {
-        "x": alt.X("error:Q", scale=alt.Scale(type="log"), title="in parts of the layer's signal (log scale)"),
+        "x": alt.X(
+            "error:Q",
+            scale=alt.Scale(type="log"),
+            title="in parts of the layer's signal (log scale)",
+            axis=alt.Axis(format="~%", values=[10.0**n for n in range(-5, 3)]),
+        ),
         "y": alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(grid=True)),
         "yOffset": alt.YOffset("of:N", sort=networks),
         "color": alt.Color(
@@ -211,7 +216,6 @@ def layer_errors(rows: list[dict]) -> alt.LayerChart:
             legend=alt.Legend(orient="top", labelLimit=260, columns=3),
         ),
     }
-    place["x"].axis = alt.Axis(format="~%")
     ticks = base.mark_tick(thickness=1.5, size=7, opacity=0.5).encode(
         **place, tooltip=["of", "circuit", "layer", alt.Tooltip("error:Q", format=".1%"), "seed", "epochs", "commit"]
     )
