@@ -51,7 +51,7 @@ from axmoe_lite.plots.multipliers import (
     power_error_front,
     proxy_check,
 )
-from axmoe_lite.plots.networks import healing, learning_curve, resilience
+from axmoe_lite.plots.networks import healing, layer_errors, learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
 from axmoe_lite.plots.picker import row_picker
 from axmoe_lite.plots.places import crossings, energy_fronts, gantt, places_map
@@ -99,6 +99,7 @@ __all__ = [
     "instance_costs",
     "javascript_bundle",
     "kept_cells",
+    "layer_errors",
     "learning_curve",
     "loads",
     "mixed_fronts",

@@ -6,7 +6,7 @@ Chapter: 05, "What happens to a network?"
 import altair as alt
 import pandas as pd
 
-from axmoe_lite.multipliers import EXACT, PAPER_EIGHT
+from axmoe_lite.multipliers import EXACT, PAPER_EIGHT, multiplier
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, RED, check_evidence
 
 
@@ -168,3 +168,65 @@ def healing(rows: list[dict]) -> alt.LayerChart:
         ],
     )
     return (rule + stems + marks + labels).properties(width=560, height=340, title=title)
+
+
+def layer_errors(rows: list[dict]) -> alt.LayerChart:
+    """The mean error of every layer under every circuit, one colour a network: a tick a layer, a dot their median.
+
+    Buttons show the scatter around the mean error instead.
+
+    Args:
+        rows: of :func:`axmoe_lite.study.errors_by_layer`, with ``network`` and evidence.
+
+    Raises:
+        ValueError: for rows without evidence.
+    """
+    check_evidence(rows, "layer")
+    table = pd.DataFrame(rows).astype({"shift": float, "scatter": float, "power_mw": float})
+    table["of"] = table["network"] + ", " + table["dataset"]
+    networks = list(dict.fromkeys(table["of"]))
+    table = table[table["shift"] + table["scatter"] > 0]  # the exact circuit has none, and a logarithm no place for it
+    power = table.groupby("multiplier")["power_mw"].first() / multiplier(EXACT).power_mw
+    table["circuit"] = [f"{name.removeprefix('mul8s_1')}, {power[name]:.0%}" for name in table["multiplier"]]
+    order = list(table.sort_values("power_mw", ascending=False)["circuit"].unique())
+    table = table.melt(
+        ["of", "circuit", "layer", "n_train", "seed", "epochs", "device", "commit"],
+        ["shift", "scatter"],
+        var_name="kind",
+        value_name="error",
+    )
+    told = {"shift": "mean error", "scatter": "scatter around it"}
+    table["kind"] = table["kind"].map(told)
+    bound = alt.binding_radio(options=list(told.values()), name="show  ")
+    kind = alt.param("errors_kind", value=told["shift"], bind=bound)
+    base = alt.Chart(table[table["error"] > 0]).transform_filter("datum.kind == errors_kind")
+    place = {
+        "x": alt.X(
+            "error:Q",
+            scale=alt.Scale(type="log"),
+            title="in parts of the layer's signal (log scale)",
+            axis=alt.Axis(format="~%", values=[10.0**n for n in range(-5, 3)]),
+        ),
+        "y": alt.Y("circuit:N", sort=order, title=None, axis=alt.Axis(grid=True)),
+        "yOffset": alt.YOffset("of:N", sort=networks),
+        "color": alt.Color(
+            "of:N",
+            scale=alt.Scale(domain=networks, range=[BLUE, RED, GREEN, GREY][: len(networks)]),
+            title=None,
+            legend=alt.Legend(orient="top", labelLimit=260, columns=3),
+        ),
+    }
+    ticks = base.mark_tick(thickness=1.5, size=7, opacity=0.5).encode(
+        **place, tooltip=["of", "circuit", "layer", alt.Tooltip("error:Q", format=".1%"), "seed", "epochs", "commit"]
+    )
+    medians = (
+        base.transform_aggregate(error="median(error)", groupby=["circuit", "of"])
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(**place, tooltip=["of", "circuit", alt.Tooltip("error:Q", format=".1%", title="median of the layers")])
+    )
+    title = alt.Title(
+        "How far off is each layer, under the same circuit?",
+        subtitle="Tick: a layer, against the exact product of the same bytes. Dot: their median. Percent: power.",
+    )
+    height = alt.Step(9 * len(networks) + 6, **{"for": "position"})
+    return (ticks + medians).add_params(kind).properties(width=430, height=height, title=title)
