@@ -397,11 +397,11 @@ def channel_shifts(measured: dict[str, dict[str, LayerError]]) -> alt.LayerChart
     return alt.layer(band, zero, dots.add_params(pick)).properties(width=520, height=260, title=title)
 
 
-def corrected(rows: list[dict]) -> alt.Chart:
-    """Top-1 of each circuit before and after its layers' mean errors were taken off, one panel a run.
+def corrected(rows: list[dict], *, title: str = "What is got back by one number a channel?") -> alt.Chart:
+    """Top-1 of each circuit before and after a remedy, one panel a run.
 
     Args:
-        rows: with columns ``multiplier``, ``regime`` (``"not retrained"`` or ``"bias corrected"``), ``top1``
+        rows: with columns ``multiplier``, ``regime`` (two: that without the remedy comes first), ``top1``
             and evidence.
 
     Raises:
@@ -413,6 +413,7 @@ def corrected(rows: list[dict]) -> alt.Chart:
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
     names = sorted({*table["multiplier"]} - {"float32"}, key=lambda name: -power_of(name))
     order = [name.replace("mul8s_1", "") for name in names]  # from dear to cheap
+    regimes = [regime for regime in dict.fromkeys(table["regime"]) if regime]
     evidence = [alt.Tooltip(c) for c in ("multiplier", "regime", "dataset", "n_test", "device", "commit")]
     panels = []
     for run, part in table.groupby("run", sort=False):
@@ -434,20 +435,15 @@ def corrected(rows: list[dict]) -> alt.Chart:
             color=alt.Color(
                 "regime:N",
                 title=None,
-                scale=alt.Scale(domain=["not retrained", "bias corrected"], range=[ORANGE, BLUE]),
+                scale=alt.Scale(domain=regimes, range=[ORANGE, BLUE]),
                 legend=alt.Legend(orient="bottom"),
             ),
-            shape=alt.Shape(
-                "regime:N", scale=alt.Scale(domain=["not retrained", "bias corrected"], range=["circle", "diamond"])
-            ),
+            shape=alt.Shape("regime:N", scale=alt.Scale(domain=regimes, range=["circle", "diamond"])),
             tooltip=[alt.Tooltip("top1:Q", format=".2%"), *evidence],
         )
         rule = alt.Chart(exact[["top1"]]).mark_rule(strokeDash=[4, 4]).encode(x="top1:Q")
         panels.append(
             alt.layer(rule, link, points).properties(width=240, height=alt.Step(20), title=alt.Title(run, fontSize=12))
         )
-    title = alt.Title(
-        "What is got back by one number a channel?",
-        subtitle="Dashed: the same network in float32. Hover over a mark for its evidence.",
-    )
-    return alt.hconcat(*panels, spacing=20).properties(title=title)
+    heading = alt.Title(title, subtitle="Dashed: the same network in float32. Hover over a mark for its evidence.")
+    return alt.hconcat(*panels, spacing=20).properties(title=heading)
