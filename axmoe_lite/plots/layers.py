@@ -410,6 +410,8 @@ def corrected(rows: list[dict], *, title: str = "What is got back by one number 
     check_evidence(rows, "multiplier")
     table = pd.DataFrame(rows).astype({"top1": float})
     table["run"] = [f"{r.dataset}, {r.n_test} images, seed {r.seed} ({r.scale})" for r in table.itertuples()]
+    if table.get("network", pd.Series(dtype=str)).nunique() > 1:
+        table["run"] = [f"{r.network}, {r.dataset} ({r.scale})" for r in table.itertuples()]
     table["short"] = table["multiplier"].str.replace("mul8s_1", "")
     names = sorted({*table["multiplier"]} - {"float32"}, key=lambda name: -power_of(name))
     order = [name.replace("mul8s_1", "") for name in names]  # from dear to cheap
@@ -446,4 +448,4 @@ def corrected(rows: list[dict], *, title: str = "What is got back by one number 
             alt.layer(rule, link, points).properties(width=240, height=alt.Step(20), title=alt.Title(run, fontSize=12))
         )
     heading = alt.Title(title, subtitle="Dashed: the same network in float32. Hover over a mark for its evidence.")
-    return alt.hconcat(*panels, spacing=20).properties(title=heading)
+    return alt.concat(*panels, columns=2, spacing=20).properties(title=heading)
