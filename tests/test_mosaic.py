@@ -22,6 +22,8 @@ MIXED = {
     "a table that is looked up, by row": "row[drum(4), mul8s_1KV6, mitchell()]",
     "by filter and channel": "filter*4+channel*6[5 mul8s_1KV6, 9 mul8s_1KVA, 10 mul8s_1L12]",
     "nothing where weights are small": "row[within(-30,30,500), outside(-30,30,500), mul8s_1KV6]",
+    "every other channel negated": "signs:mul8s_1L2J",
+    "repeating": "filter[mul8s_1KVM, 2 mul8s_1L2L, ...]",
 }
 
 
@@ -33,7 +35,10 @@ def law(x, weight, mosaic, stride, padding):
     """One product after the other, each by its own multiplier's table: [N, O, OH, OW]."""
     x = nn.functional.pad(x, (padding,) * 4).long()
     high, wide = ((x.shape[2 + i] - weight.shape[2 + i]) // stride + 1 for i in (0, 1))
-    places = mosaic.places.expand(weight.shape)
+    places = mosaic.places
+    if mosaic.repeats:  # more often than any layer is long, and cut off
+        places = places.repeat(*(1 if n == 1 else 9 for n in places.shape))[tuple(map(slice, weight.shape))]
+    places = places.expand(weight.shape)
     sums = torch.zeros(len(x), len(weight), high, wide, dtype=torch.int32)
     for o, c, i, j in torch.cartesian_prod(*(torch.arange(n) for n in weight.shape)).tolist():
         table = mosaic.multipliers[places[o, c, i, j]].table
@@ -59,6 +64,35 @@ def test_a_matrix_has_filters_and_channels(path):
         found = kernels.matmul(a, b, multiplier(name), path=path)
         image, weight = a[:, :, None, None], b.T[:, :, None, None]
         assert torch.equal(found, law(image, weight, multiplier(name), 1, 0)[:, :, 0, 0])
+
+
+def test_other_signs_are_the_same_circuit_between_two_changes_of_sign():
+    x, weight = codes(2, 7, 6, 5), codes(4, 7, 3, 3, seed=1)
+    signs = torch.tensor([1, -1, 1, -1, 1, -1, 1], dtype=torch.int8).view(-1, 1, 1)
+    for name in ("mul8s_1L2J", "mul8s_1KVA", EXACT):
+        found = kernels.conv2d(x, weight, multiplier(f"signs:{name}"), padding=1)
+        assert torch.equal(found, kernels.conv2d(x * signs, weight * signs, multiplier(name), padding=1))
+        assert torch.equal(found, kernels.conv2d(x, weight, multiplier(name), padding=1)) == (name == EXACT)
+        linear = kernels.matmul(x[0, :, 0].T, weight[:, :, 0, 0].T, multiplier(f"signs:{name}"))
+        turned = signs[:, 0] * torch.ones(1, 5, dtype=torch.int8), signs[:, 0] * weight[:, :, 0, 0].T
+        assert torch.equal(linear, kernels.matmul((x[0, :, 0] * turned[0]).T, turned[1], multiplier(name)))
+
+
+def test_what_repeats_fits_any_layer():
+    mosaic = multiplier("channel[mul8s_1L2L, 2 mul8s_1KV6, ...]")
+    for shape, expected in (((2, 5, 3, 3), [1, 0, 0, 1, 0]), ((2, 1, 1, 1), [1]), ((4, 4), [1, 0, 0, 1])):
+        weight = torch.zeros(shape, dtype=torch.int8)
+        mosaic.check_fits("any", shape)
+        assert mosaic.places_of(weight).flatten().tolist() == expected
+        assert torch.equal(mosaic.columns(weight), (256 * mosaic.places_of(weight)).int().expand(shape))
+    exact, cheap = (multiplier(name).power_mw for name in (EXACT, "mul8s_1L2L"))
+    assert mosaic.power_mw == pytest.approx((cheap + 2 * exact) / 3)
+    assert mosaic.digest != multiplier("channel[mul8s_1L2L, 2 mul8s_1KV6]").digest
+    written_out = multiplier("channel[mul8s_1L2L, negated:mul8s_1L2L, ...]")
+    assert written_out.digest == multiplier("signs:mul8s_1L2L").digest
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = approximate(models.resnet8(classes=3, width=0.25), "signs:mul8s_1L2L", calibration=x)
+    assert set(assignment_of(network).values()) == {"signs:mul8s_1L2L"}
 
 
 def test_multipliers_share_what_they_do_to_the_activation():
@@ -136,7 +170,7 @@ def test_a_network_frozen_and_learning():
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assignment = dict.fromkeys(default_layers(network), "row[pr(0,2), roup(1,4), pr(0,2)]")
     short = [name for name in default_layers(network) if network.get_submodule(name).kernel_size == (1, 1)]
-    assignment |= dict.fromkeys(short, "mul8s_1L2J")
+    assignment |= dict.fromkeys(short, "signs:mul8s_1L2J")
     assignment["conv1"] = ["mul8s_1KV6"] * (len(network.conv1.weight) - 1) + ["mul8s_1L2L"]
     approximate(network.eval(), assignment, calibration=x)
     frozen = freeze(network)
@@ -200,6 +234,14 @@ def test_errors_say_what_to_do():
         multiplier("filter[mul8s_1KV6, mul8s_1L2K]")
     with pytest.raises(ValueError, match="write it before each name"):
         multiplier("swap:filter[mul8s_1KV6, mul8s_1L2L]")
+    with pytest.raises(ValueError, match="has the mosaic 'signs:mul8s_1L2L' inside"):
+        multiplier("channel[mul8s_1KV6, signs:mul8s_1L2L]")
+    with pytest.raises(ValueError, match="write it before each name"):
+        multiplier("swap:signs:mul8s_1L2L")
+    with pytest.raises(ValueError, match="repeats along 2 axes; one can"):
+        multiplier("filter*2+row*2[3 mul8s_1KV6, mul8s_1L2L, ...]")
+    with pytest.raises(ValueError, match=r"'\.\.\.' in .* is no count and name|No multiplier is called '\.\.\.'"):
+        multiplier("channel[...]")
     with pytest.raises(ValueError, match="equal length"):
         mosaic_name([["a", "b"], ["a"]], by="filter+channel")
     with pytest.raises(ValueError, match="one name for each place"):

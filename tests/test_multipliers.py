@@ -100,6 +100,16 @@ def test_swapping_twice_gives_the_name_back():
     assert torch.equal(once.table, multiplier("mul8s_1KVM").table.T)
 
 
+def test_negated_is_the_circuit_between_two_changes_of_sign():
+    for name in (*EVOAPPROX, "drum(4)"):
+        plain, turned = multiplier(name), multiplier(f"negated:{name}")
+        assert all(turned(a, b) == plain(min(-a, 127), min(-b, 127)) for a, b in [*SAMPLES, (-128, 5), (7, -128)])
+        assert (turned.power_mw, turned.is_proxy) == (plain.power_mw, plain.is_proxy)
+    assert torch.equal(turned.table[1:, 1:], plain.table[1:, 1:]), "DRUM keeps signs apart; only -128 is another"
+    signs = multiplier("signs:swap:mul8s_1KVM")
+    assert [m.name for m in signs.multipliers] == ["swap:mul8s_1KVM", "negated:swap:mul8s_1KVM"]
+
+
 def test_a_zero_operand_never_errs_in_the_thirteen():
     for name in EVOAPPROX:
         table = multiplier(name).table

@@ -1,4 +1,4 @@
-"""How far each layer is off, and half of the channels negated: exact products stay, and errors stop adding up."""
+"""How far each layer is off, and every other channel negated: behind ReLU errors then stop adding up."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from axmoe_lite import EXACT, approximate, datasets, models, plots, study
+from axmoe_lite import EXACT, approximate, datasets, errors, models, multiplier, plots, study
 from axmoe_lite.layers.correction import layer_errors
 from axmoe_lite.runs import EVIDENCE
 
@@ -42,21 +42,6 @@ def test_errors_by_layer_by_hand(images):
         study.errors_by_layer(network, images, ["mul8s_1L2X"])
 
 
-@pytest.mark.parametrize("name", [EXACT, "mul8s_1L2L", "mul8s_1KVA"])
-def test_negated_channels_change_no_exact_product(name, images):
-    x = images.normalised(images.x_test)
-    network = approximate(behind_relu(), name, calibration=x)
-    weight, y = network[2].weight.clone(), network(x)
-    made, other = study.negated(network, seed=0), study.negated(network, seed=1)
-    assert torch.equal(network[2].weight, weight) and torch.equal(network(x), y), "it was given, not ours"
-    assert torch.equal(made(x), y) == torch.equal(other(x), y) == (name == EXACT)
-    assert torch.equal(made[2].weight.abs(), weight.abs())
-    turned = (made[2].weight != weight).flatten(2).all(2)  # [8 outputs, 3 inputs of each group]
-    assert turned.view(4, 2, 3)[:, 0].sum() == 6, "half of the twelve inputs"
-    assert torch.equal(turned[::2], turned[1::2]), "both outputs of a group see the same inputs"
-    assert not torch.equal(made[2].weight, other[2].weight)
-
-
 def test_behind_relu_cut_operands_err_one_way_until_signs_are_mixed(images):
     x = images.normalised(images.x_train)
     network = approximate(behind_relu(), "mul8s_1L2J", calibration=x)
@@ -64,19 +49,19 @@ def test_behind_relu_cut_operands_err_one_way_until_signs_are_mixed(images):
     def off(one):
         return [error.shift.norm().item() for error in layer_errors(one, x).values()][1:]  # the first sees images
 
-    mixed = [sum(several) / 4 for several in zip(*(off(study.negated(network, seed=n)) for n in range(4)), strict=True)]
-    assert all(after < 0.7 * before for before, after in zip(off(network), mixed, strict=True))
+    before, scales = off(network), [layer.scale_x.item() for layer in network if hasattr(layer, "scale_x")]
+    mixed = approximate(network, "signs:mul8s_1L2J")
+    assert [layer.scale_x.item() for layer in mixed if hasattr(layer, "scale_x")] == scales
+    assert all(after < 0.7 * before for before, after in zip(before, off(mixed), strict=True))
 
 
-def test_signs_are_rows_that_agree_with_the_study(images):
-    network = models.resnet8(classes=3, width=0.25)
-    names = ["mul8s_1KV6", "mul8s_1L2L"]
-    rows = study.signs(network, images, names, draws=[3], progress=False)
-    assert [(r["multiplier"], r["draw"]) for r in rows] == [("float32", -1), *((n, d) for n in names for d in (-1, 3))]
-    study_rows = study.measure(network, images, ["float32", *names], regimes=["not retrained"], progress=False)
-    assert [r["correct"] for r in study_rows] == [r["correct"] for r in rows if r["draw"] < 0]
-    exact = [r["correct"] for r in rows if r["multiplier"] == EXACT]
-    assert exact[0] == exact[1]
+def test_the_study_takes_other_signs(images):
+    network, names = models.resnet8(classes=3, width=0.25), ["mul8s_1L2L", "signs:mul8s_1L2L", f"signs:{EXACT}", EXACT]
+    plain, signs, same, exact = study.measure(network, images, names, regimes=["not retrained"], progress=False)
+    assert plain["p_norm"] == signs["p_norm"] and plain["power_mw"] == signs["power_mw"]
+    assert plain["digest"] != signs["digest"] and same["answers"] == exact["answers"]
+    both = errors(multiplier("mul8s_1L2L")).mean_error, errors(multiplier("negated:mul8s_1L2L")).mean_error
+    assert signs["mean_error"] == pytest.approx(sum(both) / 2) and plain["mean_error"] == both[0]
 
 
 def test_figures_of_both(images):
@@ -88,6 +73,15 @@ def test_figures_of_both(images):
     spec = plots.layer_errors(rows).to_dict()
     (data,) = [values for values in spec["datasets"].values() if values and "kind" in values[0]]
     assert {row["circuit"] for row in data} == {"L2L, 47%"} and len(data) == 2 * 3
-    rows = study.signs(models.resnet8(classes=3, width=0.25), images, ["mul8s_1L2L"], draws=[0, 1], progress=False)
-    text = plots.corrected([{**evidence, **row} for row in rows], title="What do signs give back?").to_json()
-    assert "What do signs give back?" in text and '"half negated"' in text
+
+
+def test_a_figure_of_four_remedies():
+    names = dict.fromkeys(["as it is", "other signs", "fresh averages", "both"], 0.5)
+    evidence = dict.fromkeys(EVIDENCE, "x") | {"seed": 0, "epochs": 1, "n_train": 24, "n_test": 12, "scale": "quick"}
+    rows = [{**evidence, "multiplier": "mul8s_1L2L", "regime": name, "top1": 0.5} for name in names]
+    chart = plots.corrected(rows, title="What do signs give back?").to_dict()
+    assert chart["title"]["text"] == "What do signs give back?"
+    (points,) = [layer for layer in chart["concat"][0]["layer"] if layer["mark"]["type"] == "point"]
+    for channel in ("color", "shape"):
+        scale = points["encoding"][channel]["scale"]
+        assert scale["domain"] == list(names) and len(set(scale["range"])) == 4

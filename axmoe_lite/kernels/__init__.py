@@ -131,11 +131,11 @@ def _layers_of(mosaic: Mosaic, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]
             "A mosaic of so high a rank is looked up with code -128 as nothing, and there are weights of -128; give"
             " codes in -127..127, as quantise() does, or use path='reference'."
         )
-    places = mosaic.places if weight.ndim == 4 else mosaic.places[..., 0, 0]
+    places = mosaic.places_of(weight)
     for place, one in enumerate(mosaic.multipliers):
         table = one.table.clone()
         table[:, 0] = 0
-        yield torch.where(places.to(weight.device) == place, weight, -128).to(torch.int8), table
+        yield torch.where(places == place, weight, -128).to(torch.int8), table
 
 
 def _choose(path: str, multiplier: Multiplier | Mosaic, fan_in: int, together: int, device: torch.device) -> str:

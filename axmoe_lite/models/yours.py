@@ -6,7 +6,7 @@
 The file is executed, as by ``python my_network.py``: name only a file that you would run so. Weights are never
 unpickled: of a ``.pth`` file nothing but tensors is read, see :func:`~axmoe_lite.models.load_weights`.
 
-Chapter: 21, "What does my network make of it?"
+Chapter: 22, "What does my network make of it?"
 """
 
 import difflib
@@ -61,7 +61,7 @@ class MyNetwork(nn.Module):
 def build():
     return MyNetwork(classes=10)
 '''
-"""A file such as :func:`build_network` takes, for chapter 21 and for trying things out."""
+"""A file such as :func:`build_network` takes, for chapter 22 and for trying things out."""
 
 
 MOST_BYTES = 2**24

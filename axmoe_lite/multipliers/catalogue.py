@@ -6,7 +6,7 @@ import inspect
 import re
 
 from axmoe_lite.multipliers import families, files
-from axmoe_lite.multipliers.mosaic import Mosaic, parse_mosaic
+from axmoe_lite.multipliers.mosaic import Mosaic, parse_mosaic, signs
 from axmoe_lite.multipliers.published import PUBLISHED
 from axmoe_lite.multipliers.table import Multiplier
 from axmoe_lite.multipliers.tuning import tuned
@@ -37,6 +37,8 @@ FAMILIES = {
 
 PREFIXES = {
     "swap": Multiplier.swapped,
+    "negated": Multiplier.negated,
+    "signs": signs,
     "tuned": tuned,
     "tuned_relu": functools.partial(tuned, after_relu=True),
 }
@@ -52,9 +54,10 @@ def multiplier(name: str) -> Multiplier | Mosaic:
             (``"drum(4)"``, ``"broken_array(1,0,3)"``, ``"mitchell()"``), a circuit under its v1.x name
             (``"v1:mul8s_1L2H"``), a table or circuit of yours (``"file:mine.npy"``, see
             :func:`~axmoe_lite.multipliers.read_table`), any of these with operands exchanged
-            (``"swap:mul8s_1KVM"``) or under weights that were tuned to it (``"tuned:mul8s_1L2L"``, see
-            :func:`~axmoe_lite.multipliers.tuned`), or several for one layer
-            (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see :func:`~axmoe_lite.multipliers.mosaic_name`).
+            (``"swap:mul8s_1KVM"``), fed with both signs changed (``"negated:mul8s_1L2J"``) or under weights that were
+            tuned to it (``"tuned:mul8s_1L2L"``, see :func:`~axmoe_lite.multipliers.tuned`), or several for one layer
+            (``"filter[mul8s_1KV6, 15 mul8s_1L2L]"``, see :func:`~axmoe_lite.multipliers.mosaic_name`), of which
+            ``"signs:mul8s_1L2L"`` is one circuit with every other input channel negated.
 
     Raises:
         ValueError: for a name that does not exist; the message names the nearest that does.
@@ -96,8 +99,11 @@ def power_of(name: str) -> float:
 def _made(name: str, read: tuple[Multiplier, ...]) -> Multiplier | Mosaic:
     """``read``: what the files in the name hold at this call, so that a changed file makes another multiplier."""
     if (mosaic := parse_mosaic(name)) is not None:
-        known, places = mosaic
-        return Mosaic(name, tuple(multiplier(one) for one in known), places)
+        known, places, repeats = mosaic
+        for one in known:
+            if one.startswith("signs:"):
+                raise ValueError(f"{name!r} has the mosaic {one!r} inside; name multipliers only.")
+        return Mosaic(name, tuple(multiplier(one) for one in known), places, repeats)
     if (n := re.match(PREFIXED, name)[0].count(":")) > MOST_PREFIXES:
         raise ValueError(f"{name[:40]!r}... has {n} prefixes; at most {MOST_PREFIXES} mean something. Leave some out.")
     prefix, _, rest = name.partition(":")

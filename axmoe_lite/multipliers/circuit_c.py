@@ -12,7 +12,7 @@ casts and constants. What it reads becomes a list of instructions for a stack, w
 once. Integers behave as in C on the usual machines: narrow ones are widened to int before each operation, values are
 cut to a variable's type when they are stored, signed ones wrap around and shift with their sign.
 
-Chapter: 20, "What does my multiplier do?"
+Chapter: 21, "What does my multiplier do?"
 """
 
 import re
@@ -35,7 +35,7 @@ int16_t mine(int8_t A, int8_t B)
   return high + (r0 | r1 | r2);
 }
 """
-"""A circuit such as :func:`products` reads, for chapter 20 and for trying things out."""
+"""A circuit such as :func:`products` reads, for chapter 21 and for trying things out."""
 
 MOST_TOKENS = 400_000
 MOST_INSTRUCTIONS = 40_000  # ten times the longest 8-bit circuit of EvoApproxLib; about two seconds

@@ -15,7 +15,7 @@ name ``swap:file:...``.
 
 Nothing in a file is executed, unpickled or compiled, and no more than :data:`MOST_BYTES` are read.
 
-Chapter: 20, "What does my multiplier do?"
+Chapter: 21, "What does my multiplier do?"
 """
 
 import difflib

@@ -2,7 +2,7 @@
 
 Errors are plain sentences; :func:`~axmoe_lite.multipliers.files.read_bytes` puts the file's name before them.
 
-Chapter: 20, "What does my multiplier do?"
+Chapter: 21, "What does my multiplier do?"
 """
 
 import re

@@ -9,13 +9,18 @@ T is factorised like any other table (:func:`axmoe_lite.factorise`), so a mosaic
 as the rank of its multipliers side by side, however they are mixed, and multipliers that treat the activation alike
 share them. Letters: O filters, C channels, KH x KW kernel, Q = 256, M multipliers.
 
-Chapter: 15, "How fine should a choice be?"
+A mosaic whose list ends in ``...`` begins anew where it ends, and so fits any layer. One of them has a name of its
+own: ``signs:mul8s_1L2L`` is ``channel[mul8s_1L2L, negated:mul8s_1L2L, ...]``, one circuit fed with every other channel
+negated, activations and weights. No exact product changes, but errors that grow with a number no longer add up where
+all numbers have one sign (not from the papers; chapter 13).
+
+Chapter: 16, "How fine should a choice be?"
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,11 +43,13 @@ class Mosaic:
         name: as :func:`mosaic_name` writes it.
         multipliers: each once.
         places: integers, the multiplier of each place: [O, C, KH, KW] with 1 along axes that share.
+        repeats: whether the places begin anew where they end, up to the size of the layer.
     """
 
     name: str
     multipliers: tuple[Multiplier, ...]
     places: Tensor
+    repeats: bool = False
 
     area_um2 = None  # of a layer's circuits together nothing is known
 
@@ -57,17 +64,30 @@ class Mosaic:
 
     def columns(self, weight: Tensor) -> Tensor:
         """The column of T, less 128, that each weight stands for: int32, shape of ``weight`` [O, C, ...]."""
-        places = self.places if weight.ndim == 4 else self.places[..., 0, 0]
-        return weight.int() + Q * places.to(weight.device)
+        return weight.int() + Q * self.places_of(weight)
+
+    def places_of(self, weight: Tensor) -> Tensor:
+        """The multiplier of each weight: integers that broadcast against ``weight`` [O, C] or [O, C, KH, KW]."""
+        places = self.places
+        if self.repeats:
+            for axis, size in enumerate(places.shape):
+                if size > 1:
+                    length = weight.shape[axis] if axis < weight.ndim else 1
+                    places = places.index_select(axis, torch.arange(length) % size)
+        return (places if weight.ndim == 4 else places[..., 0, 0]).to(weight.device)
+
+    def mean(self, of: Callable[[Multiplier], float | None]) -> float | None:
+        """The mean over the places of what ``of`` says of a multiplier, where they repeat over one period, or None."""
+        values = [of(m) for m in self.multipliers]
+        if None in values:
+            return None
+        counts = self.places.flatten().bincount(minlength=len(values)).tolist()
+        return sum(n * value for n, value in zip(counts, values, strict=True)) / self.places.numel()
 
     @property
     def power_mw(self) -> float | None:
         """The mean over the places, milliwatts: each makes as many products as any other. None if one is not known."""
-        powers = [m.power_mw for m in self.multipliers]
-        if None in powers:
-            return None
-        counts = self.places.flatten().bincount(minlength=len(powers)).tolist()
-        return sum(n * power for n, power in zip(counts, powers, strict=True)) / self.places.numel()
+        return self.mean(lambda m: m.power_mw)
 
     @property
     def delay_ns(self) -> float | None:
@@ -93,7 +113,7 @@ class Mosaic:
     @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that differ where a product does."""
-        found = hashlib.sha256(repr(tuple(self.places.shape)).encode())
+        found = hashlib.sha256(repr((*self.places.shape, *["..."] * self.repeats)).encode())
         for place in self.places.flatten().tolist():
             found.update(self.multipliers[place].digest.encode())
         return found.hexdigest()[:12]
@@ -102,7 +122,7 @@ class Mosaic:
         """Raise ValueError unless a weight of this shape has these places."""
         sizes = [*shape, *[1] * (4 - len(shape))]
         for axis, places, size in zip(AXES, self.places.shape, sizes, strict=True):
-            if places not in (1, size):
+            if places not in (1, size) and not self.repeats:
                 raise ValueError(
                     f"Layer {layer!r} has a weight of {list(shape)}, so {size} {axis}{'s' * (size != 1)}; the mosaic"
                     f" {self.name!r} names {places}. Give one multiplier for each."
@@ -155,8 +175,19 @@ def mosaic_name(names: Sequence[str] | Sequence[Sequence[str]], by: str = "filte
     return f"{by if len(axes) == 1 else '+'.join(f'{axis}*{size}' for axis, size in pairs)}[{written}]"
 
 
-def parse_mosaic(name: str) -> tuple[list[str], Tensor] | None:
-    """Names and places of :class:`Mosaic` from its name; None if it is no such name.
+def signs(multiplier: Multiplier) -> Mosaic:
+    """``signs:...``: one circuit, and every other input channel of a layer negated together with its weights.
+
+    >>> from axmoe_lite import multiplier
+    >>> signs(multiplier("mul8s_1L2L"))
+    Mosaic('signs:mul8s_1L2L', 0.200 mW)
+    """
+    both = (multiplier, multiplier.negated())
+    return Mosaic(f"signs:{multiplier.name}", both, torch.arange(2).view(1, 2, 1, 1), repeats=True)
+
+
+def parse_mosaic(name: str) -> tuple[list[str], Tensor, bool] | None:
+    """Names, places and whether they repeat, of a :class:`Mosaic`, from its name; None if it is no such name.
 
     Raises:
         ValueError: for a name that begins like a mosaic's and is not one.
@@ -167,7 +198,11 @@ def parse_mosaic(name: str) -> tuple[list[str], Tensor] | None:
     axes, sizes = zip(*((part.partition("*")[::2]) for part in found[1].split("+")), strict=True)
     _check_axes(found[1], axes)
     flat: list[str] = []
-    for part in re.split(r",\s*(?![^()]*\))", found[2]):  # commas inside parentheses belong to a family's numbers
+    parts = re.split(r",\s*(?![^()]*\))", found[2])  # commas inside parentheses belong to a family's numbers
+    repeats = len(parts) > 1 and parts[-1].strip() == "..."
+    if repeats and len(axes) > 1:
+        raise ValueError(f"{name!r} repeats along {len(axes)} axes; one can, as in 'channel[drum(4), roba(), ...]'.")
+    for part in parts[: len(parts) - repeats]:
         count, _, rest = part.strip().rpartition(" ")
         if not rest or not re.fullmatch("[1-9][0-9]{0,8}", count or "1") or "[" in rest:
             raise ValueError(f"{part.strip()!r} in {name!r} is no count and name, such as '3 mul8s_1L2J'.")
@@ -179,7 +214,7 @@ def parse_mosaic(name: str) -> tuple[list[str], Tensor] | None:
         raise ValueError(f"{name!r} names {len(flat)} places; its axes have {' x '.join(map(str, lengths))}.")
     known = sorted(set(flat))
     shape = [dict(zip(axes, lengths, strict=True)).get(axis, 1) for axis in AXES]
-    return known, torch.tensor([known.index(one) for one in flat]).view(shape)
+    return known, torch.tensor([known.index(one) for one in flat]).view(shape), repeats
 
 
 def _check_axes(by: str, axes: Sequence[str]) -> None:

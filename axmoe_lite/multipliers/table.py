@@ -121,6 +121,20 @@ class Multiplier:
         name = self.name.removeprefix("swap:") if self.name.startswith("swap:") else f"swap:{self.name}"
         return replace(self, name=name, table=self.table.T)
 
+    def negated(self) -> "Multiplier":
+        """The same circuit fed with both operands negated: (-a)(-b) = ab, but its errors differ. Named ``negated:...``.
+
+        -128, a byte that quantisation never makes, becomes 127. The power of changing signs is not counted: whoever
+        writes a code can write it negated.
+
+        >>> from axmoe_lite import multiplier
+        >>> l2j = multiplier("mul8s_1L2J")
+        >>> l2j(5, 3), l2j.negated()(5, 3)  # cut bits make a number smaller: 4 and 2, -6 and -4
+        (8, 24)
+        """
+        turned = OPERANDS.neg().clamp_max(127) + 128
+        return replace(self, name=f"negated:{self.name}", table=self.table[turned][:, turned])
+
 
 @dataclass(frozen=True)
 class ErrorMetrics:

@@ -5,7 +5,7 @@ what was meant: argmin over w' of the sum over a of |a w - M(a, w')|. The rule d
 network with tuned weights under M is, bit for bit, the network as it was under a multiplier with other columns, and
 that is how it is done here: nothing is known of a network, and no image is needed.
 
-Chapter: 15, "How fine should a choice be?"
+Chapter: 16, "How fine should a choice be?"
 """
 
 from dataclasses import replace

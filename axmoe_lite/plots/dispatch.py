@@ -4,7 +4,7 @@
     dispatch_fronts   accuracy against cost: dispatchers, single networks, the lot, a cascade, the ideal; a panel a pool
     film_rules        the same for a film, by the rule that says when to choose again
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 from collections.abc import Iterable, Mapping

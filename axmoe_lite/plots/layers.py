@@ -401,7 +401,7 @@ def corrected(rows: list[dict], *, title: str = "What is got back by one number 
     """Top-1 of each circuit before and after a remedy, one panel a run.
 
     Args:
-        rows: with columns ``multiplier``, ``regime`` (two: that without the remedy comes first), ``top1``
+        rows: with columns ``multiplier``, ``regime`` (two to four: that without the remedy comes first), ``top1``
             and evidence.
 
     Raises:
@@ -416,6 +416,8 @@ def corrected(rows: list[dict], *, title: str = "What is got back by one number 
     names = sorted({*table["multiplier"]} - {"float32"}, key=lambda name: -power_of(name))
     order = [name.replace("mul8s_1", "") for name in names]  # from dear to cheap
     regimes = [regime for regime in dict.fromkeys(table["regime"]) if regime]
+    colours, shapes = [ORANGE, BLUE, GREEN, PURPLE], ["circle", "diamond", "square", "triangle-up"]
+    colours, shapes = colours[: len(regimes)], shapes[: len(regimes)]
     evidence = [alt.Tooltip(c) for c in ("multiplier", "regime", "dataset", "n_test", "device", "commit")]
     panels = []
     for run, part in table.groupby("run", sort=False):
@@ -437,10 +439,10 @@ def corrected(rows: list[dict], *, title: str = "What is got back by one number 
             color=alt.Color(
                 "regime:N",
                 title=None,
-                scale=alt.Scale(domain=regimes, range=[ORANGE, BLUE]),
+                scale=alt.Scale(domain=regimes, range=colours),
                 legend=alt.Legend(orient="bottom"),
             ),
-            shape=alt.Shape("regime:N", scale=alt.Scale(domain=regimes, range=["circle", "diamond"])),
+            shape=alt.Shape("regime:N", scale=alt.Scale(domain=regimes, range=shapes)),
             tooltip=[alt.Tooltip("top1:Q", format=".2%"), *evidence],
         )
         rule = alt.Chart(exact[["top1"]]).mark_rule(strokeDash=[4, 4]).encode(x="top1:Q")

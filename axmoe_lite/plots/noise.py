@@ -4,7 +4,7 @@
     tolerance_bars     what noise each layer bears, for several lambdas, and how much of the work it does
     noise_fronts       multiplication energy saved against points of top-1 lost
 
-Chapter: 13, "How much noise can a layer bear?"
+Chapter: 14, "How much noise can a layer bear?"
 """
 
 import math
@@ -287,7 +287,7 @@ def _claim() -> list[alt.Chart]:
 def _lost(rows: list[dict]) -> pd.DataFrame:
     """The rows with what each lost to the reference, points, and what it is called in the figure."""
     if not rows:
-        raise ValueError("noise_fronts() was given no rows; chapter 13 makes them.")
+        raise ValueError("noise_fronts() was given no rows; chapter 14 makes them.")
     check_evidence(rows, "setting")
     for row in rows:
         if row["family"] not in _FAMILIES:

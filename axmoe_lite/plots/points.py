@@ -1,6 +1,6 @@
 """Operating points: which circuit each layer gets at each, what they cost and keep, and a run that switches.
 
-Chapter: 14, "Can one network have several prices?"
+Chapter: 15, "Can one network have several prices?"
 """
 
 import difflib

@@ -6,7 +6,7 @@
     stage_gantt       who works on which image when, in a schedule or in a real run
     ways_bars         the same cores used in several ways, measured and foretold
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """What is known of the tests: cases by what they tried, bugs planted, memory under load.
 
-Chapter: 22, "How do you know?"
+Chapter: 23, "How do you know?"
 """
 
 import altair as alt

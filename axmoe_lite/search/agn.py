@@ -6,7 +6,7 @@
 Trommer, Waschneck and Kumar, ICCAD 2022 (arXiv 2208.07265). No circuit is run while choosing: sigma comes from
 :mod:`axmoe_lite.search.noise`, the error of each circuit from :mod:`axmoe_lite.search.predict`.
 
-Chapter: 13, "How much noise can a layer bear?"
+Chapter: 14, "How much noise can a layer bear?"
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -9,7 +9,7 @@ each pair of parents a gene comes from, and how a gene mutates, is ours, because
 
 Letters: G genes, one a group of layers; S individuals, one an assignment.
 
-Chapter: 15, "How fine should a choice be?"
+Chapter: 16, "How fine should a choice be?"
 """
 
 import math

@@ -8,7 +8,7 @@ KLAM ``"channel"``, ``"row"`` or ``"column"``, KLMS ``"skip"``. How the paper se
 does, as in ALWANN, whose convention MAx-DNN follows. A layer of 64 filters with a choice each would have 64 genes; not
 from the paper: filters (or channels) of similar weight share one.
 
-Chapter: 15, "How fine should a choice be?"
+Chapter: 16, "How fine should a choice be?"
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -6,7 +6,7 @@
 AGN's first half: instead of trying circuits, ask each layer what it would bear. A circuit's error is one more noise, so
 whatever has a smaller standard deviation than the layer bears should do (:mod:`axmoe_lite.search.predict`).
 
-Chapter: 13, "How much noise can a layer bear?"
+Chapter: 14, "How much noise can a layer bear?"
 """
 
 import copy

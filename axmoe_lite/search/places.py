@@ -17,7 +17,7 @@ where e_c is the energy of an exact product on that core, and s the share of it 
 works on one part at a time, all its cores together, while the others work on other images;
 :mod:`axmoe_lite.search.stream` lets them.
 
-Chapter: 19, "Where should an expert live?"
+Chapter: 20, "Where should an expert live?"
 """
 
 import itertools

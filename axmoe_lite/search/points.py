@@ -13,7 +13,7 @@ product once for each layer and multiplier, however many points use it.
 
 Source: QoS-Nets (arXiv 2410.07762) and, for the step of the fine-tuning, its authors' published code.
 
-Chapter: 14, "Can one network have several prices?"
+Chapter: 15, "Can one network have several prices?"
 """
 
 import contextlib

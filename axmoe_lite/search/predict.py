@@ -17,7 +17,7 @@ the law of total variance. (AGN writes the error of the mean of K products; time
 
 Letters: P patches, Q = 256 codes, K fan-in, M multipliers, L layers.
 
-Chapter: 13, "How much noise can a layer bear?"
+Chapter: 14, "How much noise can a layer bear?"
 """
 
 import copy

@@ -16,7 +16,7 @@ and, for the scales, the compression of v and the number of starts, its authors'
 
 No network is run for the choice. :mod:`axmoe_lite.search.points` runs the points, all on one set of weights.
 
-Chapter: 14, "Can one network have several prices?"
+Chapter: 15, "Can one network have several prices?"
 """
 
 import difflib

@@ -9,7 +9,7 @@ but the order. A search that is worth its effort must do better.
 
 Letters: G groups.
 
-Chapter: 16, "Which search should I use?"
+Chapter: 17, "Which search should I use?"
 """
 
 from collections.abc import Callable, Iterable

@@ -5,7 +5,7 @@
 
 :mod:`axmoe_lite.search.places` promises a throughput by expectations. Here images wait for each other.
 
-Chapter: 19, "Where should an expert live?"
+Chapter: 20, "Where should an expert live?"
 """
 
 import heapq

@@ -10,14 +10,14 @@ yours too. Both resume where they were interrupted.
 
     networks    build, footprint, exact
     rows        measure, in four regimes; which answers were right
-    per_layer   errors_by_layer: how far each layer is off; negated, signs: a remedy without training
+    per_layer   errors_by_layer: how far each layer is off
     whole       run, at_hand, and settings for two CPU cores
 
-Chapters: 09, "What does accuracy cost?", and 11, "Does the paper hold?"
+Chapters: 09, "What does accuracy cost?", 11, "Does the paper hold?", and 13, "What do other signs give back?"
 """
 
 from axmoe_lite.study.networks import NETWORKS, build, exact, footprint
-from axmoe_lite.study.per_layer import errors_by_layer, negated, signs
+from axmoe_lite.study.per_layer import errors_by_layer
 from axmoe_lite.study.rows import REGIMES, measure, pack_answers, regimes_for, unpack_answers
 from axmoe_lite.study.whole import AT_HAND, KEY, at_hand, run
 
@@ -32,10 +32,8 @@ __all__ = [
     "exact",
     "footprint",
     "measure",
-    "negated",
     "pack_answers",
     "regimes_for",
     "run",
-    "signs",
     "unpack_answers",
 ]

@@ -18,7 +18,7 @@ from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable, approximate, assignment_of, default_layers
 from axmoe_lite.layers.correction import correct_bias
-from axmoe_lite.multipliers import EXACT, errors, multiplier
+from axmoe_lite.multipliers import EXACT, Mosaic, Multiplier, errors, multiplier
 from axmoe_lite.study.networks import check_known, device_of
 from axmoe_lite.train import calibrate, norms_of, predict, refresh_norms, retrain
 
@@ -138,7 +138,7 @@ def measure(
                 **_paid(prices[name], macs),
                 "digest": table.digest if table else "float32",
                 "power_mw": (table or multiplier(EXACT)).power_mw,
-                "mean_error": errors(table).mean_error if table else 0.0,
+                "mean_error": _mean_error(table),
                 "seconds": round(time.perf_counter() - start, 2),
                 "answers": pack_answers(right),
             }
@@ -170,6 +170,12 @@ def _heal(
     if regime == "retrained":
         return retrain(network, epochs=epochs, checkpoint=checkpoint, **options).diverged
     return ""
+
+
+def _mean_error(table: Multiplier | Mosaic | None) -> float:
+    if isinstance(table, Mosaic):
+        return table.mean(_mean_error)
+    return errors(table).mean_error if table else 0.0
 
 
 def _paid(paid: cost.Price, macs: cost.Macs) -> dict:

@@ -5,7 +5,7 @@
 
 `axmoe verify` does both on your machine: its processor may have units that ours lack.
 
-Chapter: 22, "How do you know?"
+Chapter: 23, "How do you know?"
 """
 
 from axmoe_lite.verify.law import WAYS, against_the_law, report_paths

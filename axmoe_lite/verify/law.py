@@ -6,7 +6,7 @@
 The law is :mod:`axmoe_lite.kernels.reference`: index the table, add. Shapes are small and odd, operands often at the
 ends of their range, tables often without any structure: that is where paths go wrong, and it keeps a case short.
 
-Chapter: 22, "How do you know?"
+Chapter: 23, "How do you know?"
 """
 
 from collections.abc import Callable, Iterable

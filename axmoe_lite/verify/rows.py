@@ -10,7 +10,7 @@ hours and is too large to commit, or the very machine whose time they tell. :fun
 How far a number may move is said for each study. Everything in it is integer arithmetic until the last layer, whose
 float32 sums another processor may add in another order; then an image in some thousands is answered otherwise.
 
-Chapter: 22, "How do you know?"
+Chapter: 23, "How do you know?"
 """
 
 import difflib

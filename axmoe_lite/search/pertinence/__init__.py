@@ -17,7 +17,7 @@ architecture or in their multiplier: an approximate network is a cheap one (not 
 
 Source: PERTINENCE (arXiv 2507.01695, v3).
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 from axmoe_lite.search.pertinence.dispatcher import WEIGHTINGS, Layers, choose, class_weights, fit, loss, score

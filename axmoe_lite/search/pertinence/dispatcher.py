@@ -17,7 +17,7 @@ Letters: n images, N networks, F features, S layers, B images of a batch.
 
 Source: PERTINENCE (arXiv 2507.01695, v3). Not from the paper: Adam, its rate, the batches.
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 import math

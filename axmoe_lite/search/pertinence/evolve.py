@@ -13,7 +13,7 @@ Letters: N networks, F features, G = N^2 + 1 genes, S individuals.
 
 Source: PERTINENCE (arXiv 2507.01695, v3), on Deb et al. (IEEE Transactions on Evolutionary Computation, 2002).
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 import math

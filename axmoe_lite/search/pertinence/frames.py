@@ -11,7 +11,7 @@ Letters: L frames, C channels, H x W pixels, N networks.
 
 Source: PERTINENCE (arXiv 2507.01695, v3) for both rules and the score's weights and threshold.
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 from collections.abc import Iterable

@@ -7,7 +7,7 @@ network runs only that one. The unit of cost is a million exact multiplications:
 their multiplier relative to the exact one, equation (2) of :mod:`axmoe_lite.cost` without its base. So the same network
 under a cheaper multiplier is another, cheaper network.
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 import json

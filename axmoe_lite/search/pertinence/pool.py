@@ -14,7 +14,7 @@ Letters: n images, N networks, F features.
 
 Source: PERTINENCE (arXiv 2507.01695, v3).
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 import difflib

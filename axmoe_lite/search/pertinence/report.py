@@ -16,7 +16,7 @@ rows have the same columns, those of :func:`axmoe_lite.search.report` among them
 
 Source: PERTINENCE (arXiv 2507.01695, v3). Not from the paper: intervals, the lot, the cascade.
 
-Chapter: 17, "Which network for which input?"
+Chapter: 18, "Which network for which input?"
 """
 
 import itertools

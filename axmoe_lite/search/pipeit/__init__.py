@@ -20,7 +20,7 @@ the clusters must keep their caches coherent. Pipe-it (Wang et al., 2020) keeps 
     stages = split(network, x, [0, 8, 22])                              modules that compute them
     ran = run(stages, images, cores=[[0], [1]])                         answers, images per second, who did what when
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 from axmoe_lite.search.pipeit import board

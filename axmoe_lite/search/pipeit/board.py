@@ -21,7 +21,7 @@ Mobile SoCs" (arXiv 1908.11450) for the throughput of four cores.
 
 Letters: W layers; N, K, M the product of a layer, [N, K] x [K, M].
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import difflib

@@ -4,7 +4,7 @@ torch.fx alone sees no sizes, so a comparison of two, or a loop over one, ends i
 computed for the images at hand too. What follows from sizes and weights alone may decide an ``if``; what is computed
 from the image may not, because another image would go another way.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import contextlib

@@ -10,7 +10,7 @@ does the number of a slot that is free again. When one side ends, however it end
 side is told by :class:`Gone` instead of waiting for ever. The memory has no name in the file system that could be
 left behind.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import contextlib

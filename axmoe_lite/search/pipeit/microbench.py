@@ -6,7 +6,7 @@
 A layer is known by its shape alone: G groups of products [N, K] x [K, M]. Source: Pipe-it (arXiv 1903.05898) for the
 idea to measure synthetic layers once instead of every network; shapes and procedure are not from the paper.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import contextlib

@@ -18,7 +18,7 @@ the field describes them, and what the description leaves open is said where it 
 
 Letters: W layers, p stages.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import itertools

@@ -3,7 +3,7 @@
 Letters: N rows of the image matrix, K numbers in a row, M filters, each in one group; B images; T, S tokens;
 D features; h heads.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import math

@@ -18,7 +18,7 @@ rows) so that the relative errors are small. On H cores the rows N are dealt out
 That is Pipe-it's predictor (arXiv 1903.05898) as the field describes it, and is ``method="tiles"``; fitting one for
 each kind of layer is ours. What a library does depends on more than that: other methods are named below.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import math

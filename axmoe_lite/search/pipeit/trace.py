@@ -14,7 +14,7 @@ because another image takes another way; only mixtures of experts may do so, eac
 
 Letters: N, K, M as above; B images; T, S tokens; D features; h heads; W layers.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import importlib

@@ -4,7 +4,7 @@
 
 Ways that run one after the other on a machine that others use too can only be compared within a turn.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 from collections.abc import Callable, Sequence

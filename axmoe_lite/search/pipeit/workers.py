@@ -16,7 +16,7 @@ must lie in a file that can be imported; a notebook needs neither where the modu
 
 Letters: n images, B in a batch.
 
-Chapter: 18, "Which core for which layer?"
+Chapter: 19, "Which core for which layer?"
 """
 
 import contextlib
