@@ -51,7 +51,7 @@ from axmoe_lite.plots.multipliers import (
     power_error_front,
     proxy_check,
 )
-from axmoe_lite.plots.networks import healing, layer_errors, learning_curve, resilience
+from axmoe_lite.plots.networks import healing, layer_errors, leans, learning_curve, resilience
 from axmoe_lite.plots.noise import noise_fronts, predictions, tolerance_bars
 from axmoe_lite.plots.picker import row_picker
 from axmoe_lite.plots.places import crossings, energy_fronts, gantt, places_map
@@ -100,6 +100,7 @@ __all__ = [
     "javascript_bundle",
     "kept_cells",
     "layer_errors",
+    "leans",
     "learning_curve",
     "loads",
     "mixed_fronts",

@@ -7,7 +7,7 @@ import altair as alt
 import pandas as pd
 
 from axmoe_lite.multipliers import EXACT, PAPER_EIGHT, multiplier
-from axmoe_lite.plots.theme import BLUE, GREEN, GREY, RED, check_evidence
+from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, check_evidence
 
 
 def resilience(rows: list[dict]) -> alt.LayerChart:
@@ -168,6 +168,36 @@ def healing(rows: list[dict]) -> alt.LayerChart:
         ],
     )
     return (rule + stems + marks + labels).properties(width=560, height=340, title=title)
+
+
+def leans(rows: list[dict]) -> alt.LayerChart:
+    """The mean error of a sum against the share of its channels that are negated, one line a circuit.
+
+    Args:
+        rows: ``multiplier``, ``negated`` (a share in [0, 1]) and ``lean``, in parts of the signal.
+
+    >>> rows = [{"multiplier": "mul8s_1L2L", "negated": share, "lean": share - 0.5} for share in (0, 1)]
+    >>> leans(rows).to_dict()["layer"][0]["mark"]["type"]
+    'line'
+    """
+    table = pd.DataFrame(rows)
+    table["circuit"] = table["multiplier"].str.removeprefix("mul8s_1")
+    order = list(dict.fromkeys(table["circuit"]))
+    colours = alt.Scale(domain=order, range=[RED, ORANGE, PURPLE, BLUE, GREEN, GREY][: len(order)])
+    axes = {
+        "x": alt.X("negated:Q", title="channels negated, with their weights", axis=alt.Axis(format="%")),
+        "y": alt.Y("lean:Q", title="mean error, in parts of the signal"),
+    }
+    told = ["circuit", alt.Tooltip("negated:Q", format=".0%"), alt.Tooltip("lean:Q", format="+.2f")]
+    base = alt.Chart(table).encode(**axes, color=alt.Color("circuit:N", scale=colours, legend=None), tooltip=told)
+    names = base.transform_filter("datum.negated == 1").mark_text(align="left", dx=6, fontWeight="bold")
+    rule = alt.Chart().mark_rule(strokeDash=[4, 4], color=GREY).encode(y=alt.datum(0))
+    lines = base.mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=40))
+    title = alt.Title(
+        "How far does a sum lean, when some of its channels are negated?",
+        subtitle="144 products; activations as behind ReLU (never negative), weights of both signs.",
+    )
+    return (lines + names.encode(text="circuit:N") + rule).properties(width=480, height=240, title=title)
 
 
 def layer_errors(rows: list[dict]) -> alt.LayerChart:
