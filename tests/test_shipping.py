@@ -136,6 +136,9 @@ def test_the_front_figure_is_of_the_committed_rows():
         if row["regime"] != "bias corrected"
     ]
     assert len({tuple(row[key] for key in KEY) for row in rows}) == len(rows) == 36
+    signs = [row for row in runs.read("signs") if (row["network"], row["regime"]) == ("resnet20", "norms refreshed")]
+    rows += [row for row in signs if row["multiplier"].startswith("signs:") and row["multiplier"] != "signs:mul8s_1KV6"]
+    assert len(rows) == 48
     text = (BOOK / "assets" / "healing.svg").read_text()
     drawn = {float(share) for share in re.findall(r"top-1 accuracy: ([\d.]+)%; ", text)}
     assert {round(100 * float(row["top1"]), 6) for row in rows} <= drawn

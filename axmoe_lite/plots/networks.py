@@ -95,6 +95,7 @@ def learning_curve(history: list[dict], *, title: str) -> alt.Chart:
 STATES = {
     "not retrained": "as it was trained",
     "norms refreshed": "BatchNorm's averages taken anew, no weight trained",
+    "other signs": "averages anew, and every other channel negated, no weight trained",
     "retrained": "retrained under the circuit: five epochs of 2,500 images",
 }
 
@@ -103,16 +104,21 @@ def healing(rows: list[dict]) -> alt.LayerChart:
     """The book's front page: what each circuit leaves of one dense network, and what brings it back.
 
     Args:
-        rows: of a study (:func:`axmoe_lite.study.run`), of one network and seed, dense.
+        rows: of a study (:func:`axmoe_lite.study.run`), of one network and seed, dense; also under ``signs:`` circuits.
 
     Raises:
         ValueError: for rows without evidence, or of several networks, topologies or seeds.
     """
     check_evidence(rows, "multiplier")
     for column in ("network", "topology", "seed", "dataset"):
-        if len(found := sorted({str(row[column]) for row in rows})) != 1:
+        if len(found := sorted({str(row[column]) for row in rows if column in row})) != 1:
             raise ValueError(f"The front page shows one {column}; these rows have {', '.join(found) or 'none'}.")
-    table = pd.DataFrame(rows).query("multiplier != 'float32' and regime in @STATES")
+    table = pd.DataFrame(rows)
+    signs = table["multiplier"].str.startswith("signs:")
+    table = table[~signs | (table["regime"] == "norms refreshed")]
+    table["regime"] = table["regime"].mask(signs, "other signs")
+    table["multiplier"] = table["multiplier"].str.removeprefix("signs:")
+    table = table.query("multiplier != 'float32' and regime in @STATES")
     table = table.astype({"top1": float, "power_mw": float})
     exact = table.query("multiplier == @EXACT and regime == 'not retrained'").iloc[0]
     table = table[table.multiplier != EXACT]
@@ -120,8 +126,9 @@ def healing(rows: list[dict]) -> alt.LayerChart:
     table["state"] = table["regime"].map(STATES)
     table["circuit"] = table["multiplier"].str.replace("mul8s_1", "")
     ends = table.pivot_table(index=["circuit", "power"], columns="regime", values="top1").reset_index()
-    ends["top"] = ends[list(STATES)].max(axis=1)
-    ends["low"] = ends[list(STATES)].min(axis=1)
+    there = [regime for regime in STATES if regime in ends]
+    ends["top"], ends["low"] = ends[there].max(axis=1), ends[there].min(axis=1)
+    states = list(STATES.values())
     x = alt.X(
         "power:Q",
         title="power of one multiplication, of the exact circuit's",
@@ -140,15 +147,15 @@ def healing(rows: list[dict]) -> alt.LayerChart:
             color=alt.Color(
                 "state:N",
                 title=None,
-                sort=list(STATES.values()),
-                scale=alt.Scale(domain=list(STATES.values()), range=[RED, BLUE, GREEN]),
+                sort=states,
+                scale=alt.Scale(domain=states, range=[RED, BLUE, ORANGE, GREEN]),
                 legend=alt.Legend(orient="bottom", columns=1, labelLimit=460),
             ),
             shape=alt.Shape(
                 "state:N",
                 title=None,
-                sort=list(STATES.values()),
-                scale=alt.Scale(domain=list(STATES.values()), range=["triangle-down", "circle", "diamond"]),
+                sort=states,
+                scale=alt.Scale(domain=states, range=["triangle-down", "circle", "triangle-up", "diamond"]),
             ),
             tooltip=["multiplier", "state", alt.Tooltip("top1:Q", format=".1%"), alt.Tooltip("power:Q", format=".0%")],
         )
