@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from axmoe_lite import EXACT, approximate, datasets, errors, models, multiplier, plots, study
+from axmoe_lite import EXACT, approximate, datasets, errors, models, multiplier, plots, runs, study
 from axmoe_lite.layers.correction import layer_errors
 from axmoe_lite.runs import EVIDENCE
 
@@ -85,3 +85,18 @@ def test_a_figure_of_four_remedies():
     for channel in ("color", "shape"):
         scale = points["encoding"][channel]["scale"]
         assert scale["domain"] == list(names) and len(set(scale["range"])) == 4
+
+
+def test_the_front_page_tells_other_signs_apart():
+    rows = [row for row in runs.read("axmoe_resnet20_cifar100") if (row["topology"], row["seed"]) == ("dense", "0")]
+    signs = [row for row in runs.read("signs") if row["network"] == "resnet20"]
+    here = "mul8s_1L2N"
+    rows = [row for row in (*rows, *signs) if row["multiplier"] in (EXACT, here, f"signs:{here}")]
+    (data,) = [v for v in plots.healing(rows).to_dict()["datasets"].values() if "state" in v[0]]
+    found = {(row["multiplier"], row["state"].split(",")[0]): row["top1"] for row in data}
+    both = (f"signs:{here}", "norms refreshed")
+    expected = next(float(row["top1"]) for row in signs if (row["multiplier"], row["regime"]) == both)
+    assert found[here, "averages anew"] == expected > found[here, "BatchNorm's averages taken anew"]
+    assert {name for name, _ in found} == {here}
+    with pytest.raises(ValueError, match="shows one network; these rows have other, resnet20"):
+        plots.healing([*rows, {**rows[0], "network": "other"}])
