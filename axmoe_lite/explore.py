@@ -26,7 +26,7 @@ from axmoe_lite import datasets, models, paths, train
 from axmoe_lite.datasets import Images
 from axmoe_lite.factors import factorise
 from axmoe_lite.layers import approximate, evaluating
-from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, errors, exact_table, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, error_table, errors, multiplier
 from axmoe_lite.pipeline import freeze
 from axmoe_lite.search.predict import operands
 
@@ -90,7 +90,7 @@ def error_shares(m: Multiplier, *, a: Tensor | None = None, b: Tensor | None = N
     """
     weights = [torch.ones(256, dtype=torch.float64) if one is None else one.double() for one in (a, b)]
     pairs = (weights[0] / weights[0].sum())[:, None] * (weights[1] / weights[1].sum())[None, :]
-    classes = error_class(m.table - exact_table()) - ERROR_CLASSES[0]
+    classes = error_class(error_table(m)) - ERROR_CLASSES[0]
     return torch.zeros(len(ERROR_CLASSES), dtype=torch.float64).index_add_(0, classes.flatten(), pairs.flatten())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from axmoe_lite import EVOAPPROX, approximate, cost, kernels, models, multiplier
+from axmoe_lite import EVOAPPROX, approximate, cost, errors, kernels, models, multiplier
 from axmoe_lite.factors import Factors, compact, factorise, rank_lower_bound
 from axmoe_lite.kernels import factored
 from axmoe_lite.layers import assignment_of, default_layers, restore
@@ -242,6 +242,8 @@ def test_errors_say_what_to_do():
         multiplier("filter*2+row*2[3 mul8s_1KV6, mul8s_1L2L, ...]")
     with pytest.raises(ValueError, match=r"'\.\.\.' in .* is no count and name|No multiplier is called '\.\.\.'"):
         multiplier("channel[...]")
+    with pytest.raises(ValueError, match="'signs:mul8s_1L2L' is a mosaic of 2 .* such as 'mul8s_1L2L'"):
+        errors(multiplier("signs:mul8s_1L2L"))
     with pytest.raises(ValueError, match="equal length"):
         mosaic_name([["a", "b"], ["a"]], by="filter+channel")
     with pytest.raises(ValueError, match="one name for each place"):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from axmoe_lite.kernels import matmul
 from axmoe_lite.layers.modules import ApproxConv2d, Approximate, ApproxLinear
 from axmoe_lite.layers.network import approximable, evaluating
-from axmoe_lite.multipliers import EXACT, Multiplier, exact_table, multiplier
+from axmoe_lite.multipliers import EXACT, Multiplier, error_table, exact_table, multiplier
 
 Q = 256
 
@@ -55,7 +55,7 @@ def predicted_error(circuit: Multiplier, fan_in: int, *, a: Tensor | None = None
     """
     p, q = _shares(a), _shares(b)
     exact = exact_table().double()
-    error = circuit.table.double() - exact
+    error = error_table(circuit).double()
     mean = p @ error  # [Q]: E[e | b]
     lean = q @ mean
     shift = (q @ (mean - lean) ** 2).sqrt()

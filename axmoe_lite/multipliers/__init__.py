@@ -27,7 +27,7 @@ from axmoe_lite.multipliers.families import (
 from axmoe_lite.multipliers.files import pinned, read_bytes, read_table
 from axmoe_lite.multipliers.mosaic import Mosaic, mosaic_name
 from axmoe_lite.multipliers.price import proxy_leave_one_out, proxy_power_mw
-from axmoe_lite.multipliers.table import ErrorMetrics, Multiplier, errors, exact_table
+from axmoe_lite.multipliers.table import ErrorMetrics, Multiplier, error_table, errors, exact_table
 from axmoe_lite.multipliers.tuning import tuned, weight_map
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Multiplier",
     "broken_array",
     "drum",
+    "error_table",
     "errors",
     "exact_table",
     "mitchell",

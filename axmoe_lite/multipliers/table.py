@@ -168,6 +168,21 @@ def check_table(multiplier: object) -> None:
         )
 
 
+def error_table(multiplier: Multiplier) -> Tensor:
+    """M(a, b) - a b for all operands: int64 [256, 256], rows and columns as :class:`Multiplier` has them.
+
+    Raises:
+        ValueError: for what is no multiplier, or a mosaic of several.
+    """
+    check_table(multiplier)
+    if not isinstance(multiplier, Multiplier):
+        raise ValueError(
+            f"{multiplier.name!r} is a mosaic of {len(multiplier.multipliers)} multipliers, and each errs in its own"
+            f" way; ask for the errors of one of them, such as {multiplier.multipliers[0].name!r}."
+        )
+    return multiplier.table.long() - exact_table()
+
+
 def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None = None) -> ErrorMetrics:
     """Error metrics over all operand pairs, or over the operands that really occur.
 
@@ -177,7 +192,7 @@ def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None 
             (counts will do); None means uniform. The worst case is taken over pairs that can occur.
 
     Raises:
-        ValueError: for a distribution of another shape, with a negative or no weight.
+        ValueError: for a distribution of another shape, with a negative or no weight, and for a mosaic.
 
     >>> from axmoe_lite.multipliers import multiplier
     >>> errors(multiplier("mul8s_1KVM")).wce
@@ -188,10 +203,8 @@ def errors(multiplier: Multiplier, *, a: Tensor | None = None, b: Tensor | None 
     >>> errors(multiplier("mul8s_1KVM"), a=never_negative, b=never_negative).mean_error
     -31.75
     """
-    check_table(multiplier)
+    error, exact = error_table(multiplier).double(), exact_table().double()
     weight = _distribution("a", a)[:, None] * _distribution("b", b)[None, :]
-    exact = exact_table().double()
-    error = multiplier.table.double() - exact
     size = error.abs()
     defined = exact != 0
     mass = weight[defined].sum().item()

@@ -26,7 +26,7 @@ import vl_convert
 from torch import Tensor
 
 from axmoe_lite.explore import ERROR_CLASSES, KNOBS, PICKS, error_shares, name_of
-from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, errors, exact_table, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, EXACT, Multiplier, error_table, errors, multiplier
 from axmoe_lite.plots.theme import BLUE, GREY, ORANGE, RED
 
 WIDTH, HEIGHT = 310, 350  # of each picture, in CSS pixels, axes and legend included
@@ -90,7 +90,7 @@ def _unlevel(level: float) -> float:
 
 def _map_png(m: Multiplier) -> bytes:
     """The error map as a PNG of 256 x 256 dots: a to the right, b upwards."""
-    levels = _level((m.table.long() - exact_table()).numpy().astype(np.float64).T[::-1])
+    levels = _level(error_table(m).numpy().astype(np.float64).T[::-1])
     stops = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in _RAMP], dtype=np.float64)
     places = np.linspace(-1, 1, len(stops))
     dots = np.stack([np.interp(levels, places, stops[:, channel]) for channel in range(3)], axis=-1)

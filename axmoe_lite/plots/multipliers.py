@@ -11,7 +11,7 @@ import altair as alt
 import pandas as pd
 
 from axmoe_lite.factors import factorise
-from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, Multiplier, errors, exact_table, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, Multiplier, error_table, errors, multiplier
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SIGNED, SKY
 
 STAR = "M0,-1L.23,-.33L.94,-.33L.36,.11L.59,.8L0,.37L-.59,.8L-.36,.11L-.94,-.33L-.25,-.33Z"
@@ -30,7 +30,7 @@ def error_maps(names: Sequence[str | Multiplier]) -> alt.ConcatChart:
     axis = alt.Axis(values=[-128, 0, 127], grid=False)
     for name in names:
         found = name if isinstance(name, Multiplier) else multiplier(name)
-        table = (found.table - exact_table()).double()
+        table = error_table(found).double()
         means = table.unflatten(0, (-1, side)).unflatten(2, (-1, side)).mean((1, 3))
         top = float(means.abs().max())
         cells = ((i * side - 128, j * side - 128, v) for i, row in enumerate(means.tolist()) for j, v in enumerate(row))

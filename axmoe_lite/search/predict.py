@@ -36,7 +36,7 @@ from axmoe_lite.kernels.encode import codes_of
 from axmoe_lite.layers import Matmul, approximable, assignment_of, default_layers, evaluating
 from axmoe_lite.layers.modules import ApproxConv2d, ApproxLinear
 from axmoe_lite.layers.network import exact_kind
-from axmoe_lite.multipliers import EXACT, Multiplier, exact_table, multiplier
+from axmoe_lite.multipliers import EXACT, Multiplier, error_table, multiplier
 from axmoe_lite.train import calibrate
 
 Q = 256
@@ -163,9 +163,8 @@ def _moments(
     found: Mapping[str, Operands], circuits: list[Multiplier]
 ) -> Iterator[tuple[Operands, tuple[Tensor, Tensor]]]:
     """Each layer with the means of e and of e^2 over its weights, given the activation: float64 [Q, M] both."""
-    exact = exact_table().double()
     weights = torch.stack([one.weights for one in found.values()]).T  # [Q, L]
-    wrong = [circuit.table.double() - exact for circuit in circuits]  # [Q, Q]
+    wrong = [error_table(circuit).double() for circuit in circuits]  # [Q, Q]
     first, second = (torch.stack([e**power @ weights for e in wrong], dim=2) for power in (1, 2))  # [Q, L, M]
     return zip(found.values(), zip(first.unbind(1), second.unbind(1), strict=True), strict=True)
 
@@ -185,8 +184,8 @@ def _single(one: Operands, first: Tensor, second: Tensor) -> Tensor:
 def _monte_carlo(
     found: Mapping[str, Operands], circuits: list[Multiplier], draws: int, seed: int, progress: bool
 ) -> Iterator[Tensor]:
-    exact, generator = exact_table().double(), torch.Generator().manual_seed(seed)
-    wrong = torch.stack([(circuit.table - exact).flatten() for circuit in circuits], dim=1)  # [Q Q, M]
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.stack([error_table(circuit).double().flatten() for circuit in circuits], dim=1)  # [Q Q, M]
 
     def draw(shares: Tensor) -> Tensor:
         below = shares.cumsum(0)
