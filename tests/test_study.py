@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from axmoe_lite import EVOAPPROX, cost, datasets, models, moe, multiplier, study, train
+from axmoe_lite import EVOAPPROX, cost, datasets, models, moe, multiplier, paths, study, train
 from axmoe_lite.layers import approximate, assignment_of, default_layers
 from axmoe_lite.study import networks
 from axmoe_lite.study import rows as in_rows
@@ -198,6 +198,21 @@ def test_stages_are_kept_and_not_trained_again(small, tmp_path, monkeypatch):
     for topology, network in first.items():
         assert same(weights(network), weights(narrow("resnet8", small, topology, **call)))
     assert files == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_committed_network_of_the_same_settings_is_taken(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "checkpoints_dir", lambda: tmp_path)
+    other = narrow("resnet8", small, seed=9)
+    told = {"epochs": 1, "seed": 0, "dataset": small.name, "n_train": 16, "batch_size": 8}
+    file = tmp_path / f"resnet8-{small.name}-seed0-epochs1.safetensors"
+    asked = {"epochs": 1, "fit_options": {"batch_size": 8}}
+    for changed in ({"batch_size": 16}, {"n_train": 17}, {"dataset": "another"}):
+        train.save(other, file, recipe={**told, **changed})
+        assert not same(weights(narrow("resnet8", small, **asked)), weights(other)), changed
+    train.save(other, file, recipe=told)
+    assert not same(weights(narrow("resnet8", small, **asked, width=1 / 8)), weights(other)), "another network"
+    monkeypatch.setattr(loop, "_one_epoch", no_training)
+    assert same(weights(narrow("resnet8", small, **asked)), weights(other))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Chapter: 09, "What does accuracy cost?"
 """
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from axmoe_lite import cost, models
+from axmoe_lite import cost, models, paths
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import default_layers
 from axmoe_lite.models import upcycle
 from axmoe_lite.multipliers import EXACT
-from axmoe_lite.train import fit, gateway_of, recipe
+from axmoe_lite.train import fit, gateway_of, load, recipe
 from axmoe_lite.train.clusters import CLUSTERS
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -134,7 +135,8 @@ def exact(
         build_options, gateway_options: of :func:`build`, for the dense network and for the gateway.
         fit_options: of :func:`~axmoe_lite.train.fit`, instead of those of its recipes.
         folder: where each stage is kept after every epoch. None: nowhere. A mixture's file is named after the weights
-            and options it began with, so that others never resume from it.
+            and options it began with, so that others never resume from it. A dense network that was trained with the
+            same settings and is in ``data/checkpoints`` is taken from there.
         device: of networks that are built here; one that is given stays where it is.
 
     Returns:
@@ -154,7 +156,10 @@ def exact(
         options = {**recipe(model, stage=stage), **chosen}
         file = f"fit-{name}-{images.name}-seed{seed}-epochs{n_epochs}{origin}.safetensors"
         file = None if folder is None else Path(folder) / file
-        fit(model, images, epochs=n_epochs, seed=seed, checkpoint=file, **options)
+        stored = paths.checkpoints_dir() / f"{name}-{images.name}-seed{seed}-epochs{n_epochs}.safetensors"
+        asked = {"dataset": images.name, "n_train": len(images.x_train), "epochs": n_epochs, "seed": seed, **options}
+        if not (stage == "train" and stored.exists() and _taken(model, stored, asked)):
+            fit(model, images, epochs=n_epochs, seed=seed, checkpoint=file, **options)
         return model
 
     if isinstance(network, str):
@@ -174,6 +179,18 @@ def exact(
         options["gateway"] = gateway_of(teacher, images, experts=experts, by=by, seed=seed)
     name = f"{network if isinstance(network, str) else type(network).__name__}-{topology}{experts}"
     return learn(upcycle(dense, topology=topology, **options), name, "upcycle", upcycle_epochs, origin)
+
+
+def _taken(model: nn.Module, stored: Path, asked: dict) -> bool:
+    """Load the weights if they were trained as asked, and say whether they were."""
+    try:
+        recipe = load(copied := copy.deepcopy(model), stored)
+    except ValueError:  # another width, or another number of classes
+        return False
+    if any(recipe[key] != value for key, value in asked.items() if key in recipe):
+        return False
+    model.load_state_dict(copied.state_dict())
+    return True
 
 
 def device_of(network: nn.Module) -> torch.device:
