@@ -178,6 +178,8 @@ def mosaic_name(names: Sequence[str] | Sequence[Sequence[str]], by: str = "filte
 def signs(multiplier: Multiplier) -> Mosaic:
     """``signs:...``: one circuit, and every other input channel of a layer negated together with its weights.
 
+    In a grouped convolution that is every other channel of each group: a depthwise one stays as it is.
+
     >>> from axmoe_lite import multiplier
     >>> signs(multiplier("mul8s_1L2L"))
     Mosaic('signs:mul8s_1L2L', 0.200 mW)
