@@ -265,6 +265,8 @@ def test_v1_names_are_explicit_aliases():
         ("broken_array(1,0)", r"broken_array\(drop_a, drop_b, drop_columns\)"),
         ("swap:nothing", "nothing"),
         ("drum(99)", "2..8"),
+        ("sign:mul8s_1L2L", r"'sign' and a colon. Did you mean 'signs:'\? There are swap:, negated:, signs:, tuned:, "),
+        ("negative:drum(4)", "Did you mean 'negated:'"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, hint):

@@ -157,6 +157,13 @@ def _unknown(name: str) -> str:
             f"{name!r} is a v1.x name; in v2022 that circuit is {old[name]!r}. Ask for that, or for 'v1:{name}'"
             " if v1.x is what you mean."
         )
+    word, colon, _ = name.partition(":")
+    if colon and word.isidentifier() and len(word) < 30 and word != "v1":
+        near = difflib.get_close_matches(word, [*PREFIXES, "v1", "file"], n=1, cutoff=0)[0]
+        return (
+            f"No multiplier is called {_shown(name)}: nothing begins with {word!r} and a colon. Did you mean"
+            f" {near + ':'!r}? There are {', '.join(f'{prefix}:' for prefix in PREFIXES)}, v1: and file:."
+        )
     known = [*EVOAPPROX, *FAMILIES, *(f"v1:{old_name}" for old_name in old)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) if len(name) < 100 else []
     hint = "".join(
@@ -164,6 +171,6 @@ def _unknown(name: str) -> str:
     )
     return (
         f"No multiplier is called {_shown(name)}.{hint} There are {', '.join(EVOAPPROX)}, the families"
-        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', files of yours as 'file:mine.npy', and 'swap:' or 'tuned:'"
-        " before any of them."
+        f" {', '.join(forms)}, v1.x names as 'v1:mul8s_...', files of yours as 'file:mine.npy', and before any of them"
+        f" {', '.join(f'{prefix}:' for prefix in PREFIXES)}."
     )
