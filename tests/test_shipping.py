@@ -136,7 +136,8 @@ def test_the_front_figure_is_of_the_committed_rows():
         if row["regime"] != "bias corrected"
     ]
     assert len({tuple(row[key] for key in KEY) for row in rows}) == len(rows) == 36
-    signs = [row for row in runs.read("signs") if (row["network"], row["regime"]) == ("resnet20", "norms refreshed")]
+    of = ("resnet20", "dense", "norms refreshed")
+    signs = [row for row in runs.read("signs") if (row["network"], row["topology"], row["regime"]) == of]
     rows += [row for row in signs if row["multiplier"].startswith("signs:") and row["multiplier"] != "signs:mul8s_1KV6"]
     assert len(rows) == 48
     text = (BOOK / "assets" / "healing.svg").read_text()

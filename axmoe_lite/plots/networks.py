@@ -111,7 +111,7 @@ def healing(rows: list[dict]) -> alt.LayerChart:
     """
     check_evidence(rows, "multiplier")
     for column in ("network", "topology", "seed", "dataset"):
-        if len(found := sorted({str(row[column]) for row in rows if column in row})) != 1:
+        if len(found := sorted({str(row[column]) for row in rows})) != 1:
             raise ValueError(f"The front page shows one {column}; these rows have {', '.join(found) or 'none'}.")
     table = pd.DataFrame(rows)
     signs = table["multiplier"].str.startswith("signs:")
