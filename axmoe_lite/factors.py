@@ -14,7 +14,7 @@ Chapter: 02, "Why is an approximate product just a few exact ones?"
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from axmoe_lite.multipliers import Mosaic, Multiplier
 from axmoe_lite.multipliers.families import BIT_WEIGHTS
-from axmoe_lite.multipliers.table import OPERANDS, Q, check_table
+from axmoe_lite.multipliers.table import NEGATED, OPERANDS, Q, check_table
 
 HIGHEST_MINIMAL_RANK = 64  # beyond it no product is cheaper than a lookup, and minimal factors take minutes
 _PRIME = 2_147_483_647  # 2^31 - 1: a product of two residues fits 62 bits
@@ -34,12 +34,14 @@ class Factors:
     """An exact factorisation (1), verified on all pairs when it is made.
 
     Attributes:
-        u: integers [R, Q]; u[r, a + 128] is what term r makes of the activation a.
-        v: integers [R, Q]; v[r, b + 128] is what term r makes of the weight b. Of a mosaic [R, M Q], one multiplier
-            beside the other.
+        u: integers [R, Q]; u[r, a + 128] is what term r makes of the activation a. Of a mosaic by channels
+            [R, M Q], one multiplier beside the other.
+        v: integers [R, Q]; v[r, b + 128] is what term r makes of the weight b. Of any mosaic [R, M Q].
         masks: if every factor is an operand with bits cleared, the R pairs (p, q) of bit masks with
             M(a, b) = sum over r of (a & p_r) * (b & q_r), of a mosaic the p alone matter; otherwise None.
         shift: the sum is to be multiplied by 2^shift; 0 but in :func:`compact`.
+        places: integers [c], which of the M multipliers each channel of a layer's group has, where u tells them
+            apart and the layer is known.
 
     ``u`` and ``v`` are int64 tensors, or numpy arrays of Python integers where 64 bits are too few
     (possible only for tables of high rank, which are simulated by lookup anyway).
@@ -49,10 +51,20 @@ class Factors:
     v: Tensor | np.ndarray
     masks: tuple[tuple[int, int], ...] | None
     shift: int = 0
+    places: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return len(self.u)
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether what becomes of an activation depends on its channel."""
+        return self.u.shape[1] > Q
+
+    def of(self, channels: slice) -> "Factors":
+        """For some of the channels."""
+        return self if self.places is None else replace(self, places=self.places[channels])
 
     @cached_property
     def largest(self) -> tuple[list[int], list[int]]:
@@ -78,7 +90,8 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     """Exact factors of the smallest possible number of terms, remembered for as long as the multiplier lives.
 
     First the sixteen operands with a single bit set are looked at: if they determine the table, as in
-    every array multiplier, an 8 x 8 matrix is factorised into bit masks instead. Otherwise a basis of the
+    every array multiplier, an 8 x 8 matrix is factorised into bit masks instead, and so is that of an array whose
+    operands are negated first. Otherwise a basis of the
     integer lattice of the table's rows is found by Euclid's algorithm; it exists for every table. Above
     rank 64 the distinct rows themselves are the terms: as exact, but not the fewest.
 
@@ -86,7 +99,8 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     factorisation, compared with the table on all pairs, from above.
 
     The multipliers of a mosaic are factorised side by side, [M_0 | M_1 | ...]: terms that treat the activation
-    alike are shared.
+    alike are shared. By channels there is less to do: an activation meets one of them alone, so that each keeps its
+    own terms, and there are as many as the longest has.
 
     >>> from axmoe_lite.multipliers import multiplier
     >>> factorise(multiplier("mul8s_1L2J"))
@@ -95,12 +109,16 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     (3, 2)
     >>> factorise(multiplier("filter[roup(0,2), roup(0,4), roup(1,4)]")).rank  # 2, 3 and 2 terms alone
     3
+    >>> [factorise(multiplier(f"{by}[mul8s_1KVA, negated:mul8s_1KVA]")).rank for by in ("filter", "channel")]
+    [9, 5]
     """
     check_table(multiplier)
     if isinstance(multiplier, Mosaic):
-        return _factorise_together(multiplier.multipliers)
+        side_by_side = _factorise_apart if multiplier.by_channel else _factorise_together
+        return side_by_side(multiplier.multipliers)
     if multiplier not in _found:
-        factors = mask_factors(multiplier.table) or _lattice_factors(multiplier.table)
+        table = multiplier.table
+        factors = mask_factors(table) or _turned_factors(table) or _lattice_factors(table)
         _verify(multiplier.name, multiplier.table, factors)
         _found[multiplier] = factors
     return _found[multiplier]
@@ -112,6 +130,22 @@ def _factorise_together(multipliers: tuple[Multiplier, ...]) -> Factors:
     factors = mask_factors(table) or _lattice_factors(table)
     _verify(" | ".join(m.name for m in multipliers), table, factors)
     return factors
+
+
+@lru_cache(maxsize=256)
+def _factorise_apart(multipliers: tuple[Multiplier, ...]) -> Factors:
+    """Each one's own factors, with zeros for terms that others have; a mask that suits all is quicker to apply."""
+    alone = [factorise(m) for m in multipliers]
+    rank = max(factors.rank for factors in alone)
+    one_mask = mask_factors(torch.cat([m.table for m in multipliers], dim=1))
+    too_large = any(not isinstance(factors.u, Tensor) for factors in alone)  # for 64 bits, and so for any product
+    if too_large or (one_mask is not None and one_mask.rank <= rank):
+        return _factorise_together(multipliers)
+    u, v = (
+        torch.cat([torch.nn.functional.pad(side, (0, 0, 0, rank - len(side))) for side in sides], dim=1)
+        for sides in ([f.u for f in alone], [f.v for f in alone])
+    )
+    return Factors(u, v, None)
 
 
 def _verify(name: str, table: Tensor, factors: Factors) -> None:
@@ -150,6 +184,17 @@ def mask_factors(table: Tensor) -> Factors | None:
     if not torch.equal(u.T @ v, table.long()) or len(masks) != rank_lower_bound(table):
         return None
     return Factors(u, v, masks)
+
+
+def _turned_factors(table: Tensor) -> Factors | None:
+    """Factors of an array whose operands were negated first, else None: bytes, which a lattice's need not be."""
+    turned = NEGATED + 128
+    array = table[turned][:, turned]
+    # Nothing is turned into -128. In an array that row is what -1 = -128 + 127 has and 127 has not.
+    array[0] = array[-1 + 128] - array[127 + 128]
+    array[:, 0] = array[:, -1 + 128] - array[:, 127 + 128]
+    found = mask_factors(array)
+    return found and Factors(found.u[:, turned], found.v[:, turned], None)
 
 
 def masked(values: Tensor, mask: int) -> Tensor:

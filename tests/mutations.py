@@ -88,6 +88,11 @@ MUTATIONS = (
              "row_u, row_v = -row_u, -row_v",
              "row_u, row_v = -row_u, row_v",
              "tests/test_mosaic.py"),
+    Mutation("pieces-begin-anew", "where a fan-in is cut, the channels' multipliers begin anew in every piece",
+             "axmoe_lite/factors.py",
+             "places=self.places[channels])",
+             "places=self.places[: len(self.places[channels])])",
+             "tests/test_mosaic.py"),
     # ---- kernels
     Mutation("border-of-zero-bytes", "an image whose codes are stored with an offset of 128 gets a border of byte 0",
              "axmoe_lite/kernels/int8.py",

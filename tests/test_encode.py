@@ -12,6 +12,7 @@ from torch import nn
 
 from axmoe_lite import EXACT, Factors, Multiplier, factorise, multiplier
 from axmoe_lite.kernels import encode as module
+from axmoe_lite.kernels import factored
 from axmoe_lite.kernels.encode import (
     PIECE,
     clear_outside,
@@ -41,6 +42,14 @@ FACTORS = {
     "no masks": factorise(random_table(2)),
     "no masks, rank 5": factorise(random_table(5, seed=1)),
 }
+
+
+def factors_for(name, channels):
+    """One of FACTORS, or those of a mosaic on so many channels."""
+    return FACTORS.get(name) or factored.factors_of(multiplier(name), channels=channels)
+
+
+BY_CHANNEL = ["signs:mul8s_1L2L", "channel[mul8s_1KVA, mul8s_1L2L, negated:mul8s_1KV9, ...]", "signs:roup(0,4)"]
 
 
 @pytest.fixture
@@ -125,19 +134,34 @@ def test_terms_stand_side_by_side_in_their_group(compiled, monkeypatch):
         assert encode(codes, factors, "v")[0].tolist() == [value for row in v for value in row]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_channel_has_its_own_factors(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(module, "_compiled", lambda: None)
+    # L2J clears the lowest bit: 7 becomes 6, -7 becomes -8. Negated first, 7 becomes -8. Halves of both are multiplied.
+    factors = factored.factors_of(multiplier("signs:mul8s_1L2J"), channels=3)
+    assert (factors.rank, factors.shift) == (1, 2)
+    codes = torch.tensor([[7, 7, -7, 7, 7, -7]], dtype=torch.int8)
+    turned = torch.tensor([[3, -4, -4, 3, -4, -4]], dtype=torch.int8)
+    assert torch.equal(encode(codes, factors, groups=2), turned)
+    assert torch.equal(encode(codes.float(), factors, groups=2, inverse_scale=1.0), turned)
+    found, offset = encode_unsigned(codes.float(), factors, inverse_scale=1.0, groups=2)
+    assert offset == 128 and torch.equal(found.int() - 128, turned.int())
+
+
 # ------------------------------------------------------------------------------- both paths agree
 
 
 @evidence
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name", [*FACTORS, *BY_CHANNEL])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 128])
 @pytest.mark.parametrize("least", [-127, 0])
 def test_encoded_values(name, shape, offset, least, both):
-    x = awkward(*shape)
+    x, factors = awkward(*shape), factors_for(name, shape[-1])
     for inverse in (1.0, 2.0, float(np.float32(1 / 0.37))):
         options = {"inverse_scale": inverse, "offset": offset, "least": least}
-        fast, slow = both(lambda options=options: encode(x, FACTORS[name], **options))
+        fast, slow = both(lambda options=options: encode(x, factors, **options))
         assert same(fast[0], slow[0])
         assert fast[0].dtype == (torch.uint8 if offset else torch.int8)
 
@@ -153,30 +177,29 @@ def test_factors_that_lie_transposed_in_memory():
 
 
 @evidence
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name,side", [*((n, s) for n in FACTORS for s in "uv"), *((n, "u") for n in BY_CHANNEL)])
 @pytest.mark.parametrize("groups,channels", [(1, 7), (2, 6), (2, 16), (3, 24), (23, 23), (5, 115)])
 @pytest.mark.parametrize("offset", [0, 128])
-@pytest.mark.parametrize("side", ["u", "v"])
 def test_encoded_codes_in_groups(name, groups, channels, offset, side, both, draw):
-    codes = draw(3, 2, channels)
-    fast, slow = both(lambda: encode(codes, FACTORS[name], side, groups=groups, offset=offset))
+    codes, factors = draw(3, 2, channels), factors_for(name, channels // groups)
+    fast, slow = both(lambda: encode(codes, factors, side, groups=groups, offset=offset))
     assert same(fast[0], slow[0])
     unsigned = codes.clamp_min(0).view(torch.uint8)
-    fast, slow = both(lambda: encode(unsigned, FACTORS[name], side, groups=groups, offset=offset))
+    fast, slow = both(lambda: encode(unsigned, factors, side, groups=groups, offset=offset))
     assert same(fast[0], slow[0]) and fast[0].dtype == torch.uint8
 
 
 @evidence
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name", [*FACTORS, *BY_CHANNEL])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("signed", [False, True])
 def test_unsigned_bytes(name, shape, signed, both):
-    x = awkward(*shape, seed=1).nan_to_num(nan=0.0)
+    x, factors = awkward(*shape, seed=1).nan_to_num(nan=0.0), factors_for(name, shape[-1])
     x = x if signed else x.abs()
-    fast, slow = both(lambda: encode_unsigned(x, FACTORS[name], inverse_scale=2.0))
+    fast, slow = both(lambda: encode_unsigned(x, factors, inverse_scale=2.0))
     assert same(fast[0], slow[0]) and fast[1] == slow[1]
     # Less the offset, they are the signed bytes.
-    assert torch.equal((fast[0].int() - fast[1]).to(torch.int8), encode(x, FACTORS[name], inverse_scale=2.0))
+    assert torch.equal((fast[0].int() - fast[1]).to(torch.int8), encode(x, factors, inverse_scale=2.0))
     if fast[1] == 0:
         assert not codes_of(x, 2.0).lt(0).any()
 

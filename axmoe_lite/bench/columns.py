@@ -22,10 +22,12 @@ RANK_2 = "broken_array(1,0,2)"
 HIGH_RANK = ("mitchell()", "random table")  # rank 64 and 256: looked up, not factored
 FEW = (EXACT, "mul8s_1L2J", "mul8s_1KVA", "random table")  # one term (twice), five terms, a lookup
 CYCLE = [EVOAPPROX[i % len(EVOAPPROX)] for i in range(64)]
-MOSAICS = {  # several multipliers in one layer of 64 filters and channels, or in any of 3 x 3 cells
+MOSAICS = {  # several multipliers in one layer: of 64 filters and channels, of 3 x 3 cells, or of any channels
     "three ROUPs by row": "row[roup(0,2), roup(0,4), roup(1,4)]",
     "thirteen by filter": mosaic_name(CYCLE),
     "thirteen by channel": mosaic_name(CYCLE, by="channel"),
+    "L2L, other signs": "signs:mul8s_1L2L",
+    "KVA, other signs": "signs:mul8s_1KVA",
 }
 GATHERED = "mul8s_1L2J"  # what the naive gather computes; its speed does not depend on the table
 

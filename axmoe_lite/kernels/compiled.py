@@ -69,8 +69,24 @@ def _look_up(codes, rows, flip, channels, out):
 
 
 @numba.njit(nogil=True)
-def _expand(codes, masks, rows, flip, channels, out):
-    if masks.size == 0:
+def _look_up_by_channel(codes, rows, starts, flip, channels, out):
+    """The same where each channel has its own table: it begins ``starts`` bytes into a row."""
+    terms = rows.shape[0]
+    for p in range(codes.size // channels):
+        source = codes[p * channels : (p + 1) * channels]
+        for r in range(terms):
+            row = rows[r]
+            first = (p * terms + r) * channels
+            target = out[first : first + channels]
+            for c in range(channels):
+                target[c] = row[starts[c] + source[c]] ^ flip
+
+
+@numba.njit(nogil=True)
+def _expand(codes, masks, rows, starts, flip, channels, out):
+    if starts.size:
+        _look_up_by_channel(codes, rows, starts, flip, channels, out)
+    elif masks.size == 0:
         _look_up(codes, rows, flip, channels, out)
     elif masks.size == 1:
         for i in range(codes.size):
@@ -84,13 +100,13 @@ def _expand(codes, masks, rows, flip, channels, out):
 @loop
 def quantise_rows(arguments):
     """float32 [P c] to bytes [P R c]: quantise and expand; seen[task] are the bits that its codes have."""
-    a = carray(arguments, 15, np.int64)
+    a = carray(arguments, 18, np.int64)
     tasks, size, step, channels = a[1], a[2], a[3], a[4]
     inverse, least, flip = float_of(a[5]), float_of(a[6]), np.uint8(a[7])
-    masks, rows = carray(pointer(a[9]), a[8], np.uint8), carray(pointer(a[11]), (a[10], 256), np.uint8)
-    terms = masks.size + rows.shape[0]
-    x, out = carray(pointer(a[12]), size, np.float32), carray(pointer(a[13]), size * terms, np.uint8)
-    seen = carray(pointer(a[14]), tasks, np.uint8)
+    masks, rows = carray(pointer(a[9]), a[8], np.uint8), carray(pointer(a[12]), (a[10], a[11]), np.uint8)
+    starts, terms = carray(pointer(a[14]), a[13], np.int32), masks.size + rows.shape[0]
+    x, out = carray(pointer(a[15]), size, np.float32), carray(pointer(a[16]), size * terms, np.uint8)
+    seen = carray(pointer(a[17]), tasks, np.uint8)
     codes = np.empty(0 if masks.size == 1 else step, np.uint8)
     task = next_task(arguments)
     while task < tasks:
@@ -101,22 +117,22 @@ def quantise_rows(arguments):
         else:
             part = codes[: stop - start]
             seen[task] = _quantise(x[start:stop], inverse, least, np.uint8(255), np.uint8(0), part)
-            _expand(part, masks, rows, flip, channels, result)
+            _expand(part, masks, rows, starts, flip, channels, result)
         task = next_task(arguments)
 
 
 @loop
 def expand_codes(arguments):
     """Codes [P c], as bytes, to bytes [P R c]."""
-    a = carray(arguments, 12, np.int64)
+    a = carray(arguments, 15, np.int64)
     tasks, size, step, channels, flip = a[1], a[2], a[3], a[4], np.uint8(a[5])
-    masks, rows = carray(pointer(a[7]), a[6], np.uint8), carray(pointer(a[9]), (a[8], 256), np.uint8)
-    terms = masks.size + rows.shape[0]
-    codes, out = carray(pointer(a[10]), size, np.uint8), carray(pointer(a[11]), size * terms, np.uint8)
+    masks, rows = carray(pointer(a[7]), a[6], np.uint8), carray(pointer(a[10]), (a[8], a[9]), np.uint8)
+    starts, terms = carray(pointer(a[12]), a[11], np.int32), masks.size + rows.shape[0]
+    codes, out = carray(pointer(a[13]), size, np.uint8), carray(pointer(a[14]), size * terms, np.uint8)
     task = next_task(arguments)
     while task < tasks:
         start, stop = task * step, min(size, (task + 1) * step)
-        _expand(codes[start:stop], masks, rows, flip, channels, out[start * terms : stop * terms])
+        _expand(codes[start:stop], masks, rows, starts, flip, channels, out[start * terms : stop * terms])
         task = next_task(arguments)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from axmoe_lite.factors import Factors, masked
+from axmoe_lite.multipliers.table import Q
 
 LIMIT = 127  # -128 is left out, so that codes are symmetric
 PIECE = 1 << 17  # values of a tensor that take a detour through float32 together: it stays in the cache
@@ -244,6 +245,8 @@ def _by_torch(
         blocks = [masked(codes, pair[side == "v"]) for pair in factors.masks]
     else:
         index = codes.long() + 128
+        if side == "u" and factors.places is not None:
+            index += Q * factors.places.to(rows.device)
         blocks = [row[index] for row in getattr(factors, side).to(device=rows.device, dtype=torch.int8)]
     merged = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
     return merged.view(torch.uint8) ^ offset if offset else merged.view(torch.int8)
@@ -252,21 +255,28 @@ def _by_torch(
 @functools.lru_cache(maxsize=256)
 def unsigned(factors: Factors) -> bool:
     """Whether codes that are not negative have first factors that are not: masks do, others need not."""
-    return factors.masks is not None or int(factors.u[:, 128:].min()) >= 0
+    return factors.masks is not None or int(factors.u.reshape(factors.rank, -1, Q)[..., 128:].min()) >= 0
 
 
 @functools.lru_cache(maxsize=256)
-def _instructions(factors: Factors, side: str) -> tuple[int, np.ndarray, int, np.ndarray]:
-    """What the compiled pass reads: R masks as bytes, or R rows of 256 bytes, indexed by the byte of the code."""
+def _instructions(factors: Factors, side: str) -> tuple[int | np.ndarray, ...]:
+    """What the compiled pass reads: R masks as bytes, or R rows of 256 bytes, indexed by the byte of the code.
+
+    By channels there are M such rows side by side, and the place in them where each channel's begins.
+    """
     if factors.masks is not None:
-        return factors.rank, np.array([pair[side == "v"] for pair in factors.masks], np.uint8), 0, _NOTHING
+        return factors.rank, np.array([pair[side == "v"] for pair in factors.masks], np.uint8), *_NO_ROWS
     table = getattr(factors, side).to(torch.int8).numpy().view(np.uint8)
-    by_byte = np.roll(table, -128, axis=1)  # position 0 is code 0, position 255 code -1
-    return 0, _NOTHING, factors.rank, np.ascontiguousarray(by_byte)
+    by_byte = np.roll(table.reshape(factors.rank, -1, Q), -128, axis=2)  # position 0 is code 0, position 255 code -1
+    rows = factors.rank, table.shape[1], np.ascontiguousarray(by_byte)
+    by_channel = side == "u" and factors.places is not None
+    starts = (Q * factors.places).to(torch.int32).numpy() if by_channel else _NOTHING
+    return 0, _NOTHING, *rows, starts.size, starts
 
 
 _NOTHING = np.empty(0, np.uint8)
-_ALL_BITS = 1, np.array([255], np.uint8), 0, _NOTHING  # codes as they are
+_NO_ROWS = 0, Q, _NOTHING, 0, _NOTHING
+_ALL_BITS = 1, np.array([255], np.uint8), *_NO_ROWS  # codes as they are
 
 
 @functools.cache

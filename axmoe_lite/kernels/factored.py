@@ -14,6 +14,7 @@ Chapter: 02, "Why is an approximate product just a few exact ones?"
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,21 +23,33 @@ from axmoe_lite.factors import Arithmetic, Factors, compact, exact_arithmetic, f
 from axmoe_lite.kernels import cuda, int8
 from axmoe_lite.kernels.encode import encode, unsigned
 from axmoe_lite.multipliers import Mosaic, Multiplier
+from axmoe_lite.multipliers.table import Q
 
 FEW_TERMS = 5  # what the EvoApproxLib circuits need at most; beyond, lookups may be cheaper
 
 
-def factors_of(multiplier: Multiplier | Mosaic) -> Factors:
-    """The factors to multiply with: as bytes where that is possible (:func:`axmoe_lite.factors.compact`)."""
+def factors_of(multiplier: Multiplier | Mosaic, channels: int | None = None) -> Factors:
+    """The factors to multiply with: as bytes where that is possible (:func:`axmoe_lite.factors.compact`).
+
+    Operands of a mosaic by channels can be encoded once it is known how many channels a layer's group has.
+    """
     factors = factorise(multiplier)
     if factors not in _smaller:
         found = compact(factors)
         _smaller[factors] = None if found is factors else found  # itself would keep itself alive
-    return _smaller[factors] or factors
+    found = _smaller[factors] or factors
+    if channels is None or not found.by_channel:
+        return found
+    layers = _placed.setdefault(multiplier, {})
+    if channels not in layers:
+        places = multiplier.places_of(torch.empty(1, channels)).expand(1, channels)[0]
+        layers[channels] = replace(found, places=places)
+    return layers[channels]
 
 
 # Known for as long as the factors are: those of tables without structure take a megabyte each.
 _smaller: "weakref.WeakKeyDictionary[Factors, Factors | None]" = weakref.WeakKeyDictionary()
+_placed: "weakref.WeakKeyDictionary[Mosaic, dict[int, Factors]]" = weakref.WeakKeyDictionary()
 
 
 def rank(multiplier: Multiplier | Mosaic) -> int:
@@ -52,7 +65,8 @@ def possible(multiplier: Multiplier | Mosaic, fan_in: int, together: int, device
 
 def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic) -> Tensor:
     """int8 [..., M, K] and columns [..., K, N] (of a table) to int32 [..., M, N], equal to the law in every bit."""
-    factors, fan_in = factors_of(multiplier), a.shape[-1]
+    fan_in = a.shape[-1]
+    factors = factors_of(multiplier, channels=fan_in)
     if factors.rank == 0 or 0 in (*a.shape, *b.shape):
         return torch.zeros(*a.shape[:-1], b.shape[-1], dtype=torch.int32, device=a.device)
     arithmetic = _arithmetic(factors, fan_in, 1, a.device)
@@ -62,7 +76,7 @@ def matmul(a: Tensor, b: Tensor, multiplier: Multiplier | Mosaic) -> Tensor:
     dtype, total = getattr(torch, arithmetic.name), None
     for start in range(0, fan_in, arithmetic.chunk):
         part = slice(start, start + arithmetic.chunk)
-        sums = _in_floats(a[..., part], b[..., part, :], factors, dtype).to(torch.int32)
+        sums = _in_floats(a[..., part], b[..., part, :], factors.of(part), dtype).to(torch.int32)
         total = sums if total is None else total.add_(sums)
     return shifted(total, factors)
 
@@ -109,7 +123,7 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """int8 [N, C, H, W] and columns [O, C / groups, KH, KW] to int32 [N, O, OH, OW], equal to the law in every bit."""
-    factors = factors_of(multiplier)
+    factors = factors_of(multiplier, channels=weight.shape[1])
     by_hand, padding = border(padding, factors)
     x = padded(x, by_hand)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -131,10 +145,11 @@ def conv2d(
     for start in range(0, per_group, step):
         part = slice(start, start + step)
         seen = x if step >= per_group else x.unflatten(1, (groups, per_group))[:, :, part].flatten(1, 2)
-        sums = _conv2d_in_bytes(seen, weight[:, part], factors, options) if bytewise else None
+        some = weight[:, part], factors.of(part)
+        sums = _conv2d_in_bytes(seen, *some, options) if bytewise else None
         if sums is None:
             dtype = torch.float64 if bytewise else getattr(torch, arithmetic.name)
-            sums = _conv2d_in_floats(seen, weight[:, part], factors, dtype, options)
+            sums = _conv2d_in_floats(seen, *some, dtype, options)
         sums = sums.to(torch.int32)
         total = sums if total is None else total.add_(sums)
     return shifted(total, factors)
@@ -169,7 +184,8 @@ def border(padding: tuple[int, int], factors: Factors) -> tuple[tuple[int, int],
 
     Where some u_r(0) is not 0 the border must be made of codes before it is made of factors.
     """
-    return ((0, 0), padding) if factors.masks is not None or not factors.u[:, 128].any() else (padding, (0, 0))
+    nothing = factors.masks is not None or not factors.u[:, 128::Q].any()
+    return ((0, 0), padding) if nothing else (padding, (0, 0))
 
 
 def padded(x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -228,5 +244,8 @@ def _terms(values: Tensor, factors: Factors, side: str, dtype: torch.dtype, *, a
         blocks = [masked(values, pair[side == "v"]) for pair in factors.masks]  # still int8: a quarter of the traffic
     else:
         table = getattr(factors, side).to(device=values.device, dtype=dtype)
-        blocks = [row[values.long() + 128] for row in table]
+        index = values.long() + 128
+        if side == "u" and factors.places is not None:  # the channels of first operands come last
+            index += Q * factors.places.to(values.device)
+        blocks = [row[index] for row in table]
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=axis)).to(dtype)

@@ -42,7 +42,7 @@ class _Product:
         self.scale_w, self.scale_x = scale_w.view(-1, *[1] * (weight.ndim - 1)), float(scale_x)
         self.scale = (scale_w * self.scale_x).expand(len(weight)).contiguous()
         self.inverse_scale = float(np.float32(1) / np.float32(self.scale_x))
-        self.factors = factored.factors_of(multiplier)
+        self.factors = factored.factors_of(multiplier, channels=weight.shape[1])
         fan_in = weight[0].numel()
         # Ranks that a lookup beats go there; see kernels.crossover_rank.
         path = kernels._choose("auto", multiplier, fan_in, fan_in, weight.device)

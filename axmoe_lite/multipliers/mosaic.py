@@ -7,7 +7,8 @@ column of its kernels. The weight says where a product stands, so what a product
 
 T is factorised like any other table (:func:`axmoe_lite.factorise`), so a mosaic costs a few exact products too: as many
 as the rank of its multipliers side by side, however they are mixed, and multipliers that treat the activation alike
-share them. Letters: O filters, C channels, KH x KW kernel, Q = 256, M multipliers.
+share them. By channels, where an activation meets one multiplier alone, as many as the longest of them takes.
+Letters: O filters, C channels, KH x KW kernel, Q = 256, M multipliers.
 
 A mosaic whose list ends in ``...`` begins anew where it ends, and so fits any layer. One of them has a name of its
 own: ``signs:mul8s_1L2L`` is ``channel[mul8s_1L2L, negated:mul8s_1L2L, ...]``, one circuit fed with every other channel
@@ -75,6 +76,12 @@ class Mosaic:
                     length = weight.shape[axis] if axis < weight.ndim else 1
                     places = places.index_select(axis, torch.arange(length) % size)
         return (places if weight.ndim == 4 else places[..., 0, 0]).to(weight.device)
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether the channel alone tells the multiplier."""
+        filters, _, rows, columns = self.places.shape
+        return filters == rows == columns == 1
 
     def mean(self, of: Callable[[Multiplier], float | None]) -> float | None:
         """The mean over the places of what ``of`` says of a multiplier, where they repeat over one period, or None."""

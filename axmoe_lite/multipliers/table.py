@@ -12,6 +12,7 @@ from torch import Tensor
 
 Q = 256  # values of an 8-bit operand
 OPERANDS = torch.arange(-128, 128, dtype=torch.int32)
+NEGATED = OPERANDS.neg().clamp_max(127)  # as bytes: there is no 128
 
 
 def exact_table() -> Tensor:
@@ -132,7 +133,7 @@ class Multiplier:
         >>> l2j(5, 3), l2j.negated()(5, 3)  # cut bits make a number smaller: 4 and 2, -6 and -4
         (8, 24)
         """
-        turned = OPERANDS.neg().clamp_max(127) + 128
+        turned = NEGATED + 128
         return replace(self, name=f"negated:{self.name}", table=self.table[turned][:, turned])
 
 
