@@ -99,8 +99,8 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     factorisation, compared with the table on all pairs, from above.
 
     The multipliers of a mosaic are factorised side by side, [M_0 | M_1 | ...]: terms that treat the activation
-    alike are shared. By channels there is less to do: an activation meets one of them alone, so that each keeps its
-    own terms, and there are as many as the longest has.
+    alike are shared. By channels an activation meets one of them alone: unless all have masks, which are quicker to
+    apply, each keeps its own terms, and there are as many as the longest has.
 
     >>> from axmoe_lite.multipliers import multiplier
     >>> factorise(multiplier("mul8s_1L2J"))
@@ -134,13 +134,12 @@ def _factorise_together(multipliers: tuple[Multiplier, ...]) -> Factors:
 
 @lru_cache(maxsize=256)
 def _factorise_apart(multipliers: tuple[Multiplier, ...]) -> Factors:
-    """Each one's own factors, with zeros for terms that others have; a mask that suits all is quicker to apply."""
+    """Each one's own factors, with zeros for terms that others have; masks that suit all are quicker to apply."""
     alone = [factorise(m) for m in multipliers]
-    rank = max(factors.rank for factors in alone)
-    one_mask = mask_factors(torch.cat([m.table for m in multipliers], dim=1))
     too_large = any(not isinstance(factors.u, Tensor) for factors in alone)  # for 64 bits, and so for any product
-    if too_large or (one_mask is not None and one_mask.rank <= rank):
+    if too_large or all(factors.masks is not None for factors in alone):
         return _factorise_together(multipliers)
+    rank = max(factors.rank for factors in alone)
     u, v = (
         torch.cat([torch.nn.functional.pad(side, (0, 0, 0, rank - len(side))) for side in sides], dim=1)
         for sides in ([f.u for f in alone], [f.v for f in alone])

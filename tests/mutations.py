@@ -94,6 +94,11 @@ MUTATIONS = (
              "places=self.places[: len(self.places[channels])])",
              "tests/test_mosaic.py"),
     # ---- kernels
+    Mutation("halves-lose-a-channel", "of channels that are cut in halves, since their sums are too large, one is lost",
+             "axmoe_lite/kernels/factored.py",
+             "few[len(few) // 2 :]]",
+             "few[len(few) // 2 + 1 :]]",
+             "tests/test_int8.py"),
     Mutation("border-of-zero-bytes", "an image whose codes are stored with an offset of 128 gets a border of byte 0",
              "axmoe_lite/kernels/int8.py",
              "value=self.offset",

@@ -141,12 +141,16 @@ def conv2d(
     if not bytewise:
         arithmetic = _arithmetic(factors, per_group * kernel, kernel, x.device)
     step = max(1, arithmetic.chunk // kernel)  # channels of each group whose sums a float32 holds
-    total: Tensor | None = None
-    for start in range(0, per_group, step):
-        part = slice(start, start + step)
-        seen = x if step >= per_group else x.unflatten(1, (groups, per_group))[:, :, part].flatten(1, 2)
+    total, parts = None, [range(per_group)[start : start + step] for start in range(0, per_group, step)]
+    while parts:
+        few = parts.pop()
+        part = slice(few.start, few.stop)
+        seen = x if len(few) == per_group else x.unflatten(1, (groups, per_group))[:, :, part].flatten(1, 2)
         some = weight[:, part], factors.of(part)
         sums = _conv2d_in_bytes(seen, *some, options) if bytewise else None
+        if sums is None and bytewise and len(few) > 1:
+            parts += [few[: len(few) // 2], few[len(few) // 2 :]]  # whose sums the units' zero point does not spoil
+            continue
         if sums is None:
             dtype = torch.float64 if bytewise else getattr(torch, arithmetic.name)
             sums = _conv2d_in_floats(seen, *some, dtype, options)

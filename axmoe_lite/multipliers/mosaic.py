@@ -7,7 +7,7 @@ column of its kernels. The weight says where a product stands, so what a product
 
 T is factorised like any other table (:func:`axmoe_lite.factorise`), so a mosaic costs a few exact products too: as many
 as the rank of its multipliers side by side, however they are mixed, and multipliers that treat the activation alike
-share them. By channels, where an activation meets one multiplier alone, as many as the longest of them takes.
+share them. By channels, where an activation meets one multiplier alone, as many as the longest takes may do.
 Letters: O filters, C channels, KH x KW kernel, Q = 256, M multipliers.
 
 A mosaic whose list ends in ``...`` begins anew where it ends, and so fits any layer. One of them has a name of its
