@@ -13,7 +13,6 @@ from axmoe_lite import PAPER_EIGHT, cost, models, moe, multiplier, study
 from axmoe_lite.layers import approximable, assignment_of, default_layers
 from axmoe_lite.models import upcycle
 from axmoe_lite.search import (
-    Found,
     Score,
     Trial,
     additive,
@@ -410,12 +409,6 @@ def test_report_agrees_with_the_study(dense, hard, textures, base):
             assert row["multipliers"] == 1 and row["digest"] == assignment_digest(json.loads(row["assignment"]))
             assert 0 <= row["divergence"] < np.inf and row["n_validation"] == 64
             assert network is hard or row["p_norm_routed"] == pytest.approx(row["p_norm"])
-
-
-def test_report_takes_the_scores_of_the_search(dense, textures, base):
-    found = Found(uniform(dense, THREE[1:2])[0], 1.0, 0.25, 0.125, 0.5, 7)
-    (row,) = report(dense, textures, [found], base=base, **PLAIN)
-    assert (row["loss"], row["divergence"], row["accuracy"]) == (0.25, 0.125, 0.5)
 
 
 # ------------------------------------------------------------------------------ errors

@@ -1,15 +1,48 @@
 """Fronts compared: what each would choose for a budget, on the same test images, with an interval."""
 
+import json
+
 import numpy as np
 import pytest
 
-from axmoe_lite import study
-from axmoe_lite.search import compare, dominates
+from axmoe_lite import EXACT, cost, models, study
+from axmoe_lite.search import Found, compare, dominates, groups, mixed_and_uniform, report, search, uniform
+from axmoe_lite.train import fit
+
+THREE = [EXACT, "mul8s_1L2J", "signs:mul8s_1L2L"]
+PLAIN = {"n": 64, "progress": False, "calibrate_options": {"n": 50}}
 
 
 def point(p_norm, top1, loss, answers=None):
     more = {} if answers is None else {"answers": study.pack_answers(np.array(answers)), "n_test": len(answers)}
     return {"p_norm": p_norm, "top1": top1, "loss": loss, **more}
+
+
+@pytest.fixture(scope="module")
+def dense(textures):
+    network = models.resnet8(classes=4, width=0.25, shortcut="pad")
+    fit(network, textures, epochs=1, batch_size=32, lr=0.05, augment="none", progress=False)
+    return network
+
+
+def test_report_takes_the_scores_of_the_search(dense, textures):
+    found = Found(uniform(dense, THREE[1:2])[0], 1.0, 0.25, 0.125, 0.5, 7)
+    (row,) = report(dense, textures, [found], base=None, **PLAIN)
+    assert (row["loss"], row["divergence"], row["accuracy"]) == (0.25, 0.125, 0.5)
+
+
+def test_a_front_and_what_there_is_to_beat(dense, textures):
+    base = cost.count(dense, textures.normalised(textures.x_test[:1])).executed / 2
+    own = {"groups": groups(dense, by="network"), "budget": 21, "base": base, **PLAIN}
+    both = mixed_and_uniform(dense, textures, iter(THREE), **own)
+    assert list(both) == ["mixed", "uniform"]
+    uniforms = [set(json.loads(row["assignment"]).values()) for row in both["uniform"]]
+    assert uniforms == [{EXACT}, {"mul8s_1L2J"}, {"signs:mul8s_1L2L"}]
+    found = search(dense, textures, THREE, **own)
+    assert [json.loads(row["assignment"]) for row in both["mixed"]] == [one.assignment for one in found]
+    assert both["uniform"][0]["p_norm"] == pytest.approx(2)  # of a base half as large
+    measured = [row for rows in both.values() for row in rows]
+    assert all(row["n_test"] == len(textures.x_test) and row["n_validation"] == 64 for row in measured)
 
 
 def test_dominance_by_hand():

@@ -1,6 +1,6 @@
 """Which layer, or which expert, can bear which multiplier: assignments that are searched for, not guessed.
 
-    experts      search: a front of assignments, expert by expert; groups, uniform, sensitivity; not from the paper
+    experts      search: a front of assignments, expert by expert; groups, uniform, sensitivity, mixed_and_uniform
     space        explore, the search without a network: sensitivities, candidates, moves
     additive     what sensitivities that add up foretell, solved exactly
     ranking      search: plain sensitivity ranking, what one does without a method
@@ -27,7 +27,7 @@ Chapters: 12, "A multiplier for each expert?", to 19, "Where should an expert li
 """
 
 from axmoe_lite.search import agn, genetic, maxdnn, pertinence, pipeit, places, points, predict, qos, ranking, stream
-from axmoe_lite.search.experts import groups, search, sensitivity, uniform
+from axmoe_lite.search.experts import groups, mixed_and_uniform, search, sensitivity, uniform
 from axmoe_lite.search.fronts import Dominance, compare, dominates, report, thin
 from axmoe_lite.search.noise import tolerances
 from axmoe_lite.search.space import explore
@@ -47,6 +47,7 @@ __all__ = [
     "groups",
     "hold_out",
     "maxdnn",
+    "mixed_and_uniform",
     "pertinence",
     "pipeit",
     "places",

@@ -4,6 +4,7 @@
     rows = sensitivity(network, images, parts, PAPER_EIGHT, base=dense)     what each choice alone does
     found = search(network, images, PAPER_EIGHT, base=dense)            a front of assignments, by training images
     rows = report(network, images, found, base=dense)                   and what they are worth, on test images
+    both = mixed_and_uniform(network, images, PAPER_EIGHT, base=dense, budget=260)      beside what there is to beat
 
 Not from the paper, which gives one multiplier to all layers.
 
@@ -21,6 +22,7 @@ from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import default_layers
 from axmoe_lite.multipliers import EXACT
+from axmoe_lite.search.fronts import report, thin
 from axmoe_lite.search.space import catalogue, check_options, explore, layers_of
 from axmoe_lite.search.trial import Found, Trial
 
@@ -178,3 +180,32 @@ def search(
 
 
 _default_groups = groups  # search() has an argument of that name
+
+
+def mixed_and_uniform(
+    network: nn.Module,
+    images: Images,
+    multipliers: Iterable[str],
+    *,
+    base: cost.Macs | float | None,
+    groups: dict[str, list[str]] | None = None,
+    budget: int,
+    checkpoint: Path | str | None = None,
+    **trial: Any,
+) -> dict[str, list[dict]]:
+    """A search's front on the test images, and what there is to beat: each multiplier, and the exact one, everywhere.
+
+    Args:
+        groups, budget, checkpoint: of :func:`search`.
+        trial: ``n``, ``seed``, ``regime``, ``prepare``, ``calibrate_options`` and ``progress``, as there and in
+            :func:`~axmoe_lite.search.report`.
+
+    Returns:
+        ``{"mixed": rows, "uniform": rows}`` of :func:`~axmoe_lite.search.report`; of the front, what
+        :func:`~axmoe_lite.search.thin` takes.
+    """
+    names = list(multipliers)
+    how = {"groups": groups, "budget": budget, "checkpoint": checkpoint}
+    found = search(network, images, names, base=base, **how, **trial)
+    chosen = {"mixed": thin(found), "uniform": uniform(network, dict.fromkeys([EXACT, *names]))}
+    return {kind: report(network, images, some, base=base, **trial) for kind, some in chosen.items()}
