@@ -198,13 +198,14 @@ def test_one_that_speaks_against_it_outweighs_missing_rows():
     assert whole(judge(rows, answers), "C1")["verdict"] == NO
 
 
-def test_incomplete_seeds_are_left_out_and_said_so():
-    rows, answers = study(CNNS, resilient(0.5, 0.4), seeds=(0, 1))
-    rows = [r for r in rows if not (r["seed"] == 1 and r["topology"] == "hard" and r["multiplier"] == L2J)]
+@pytest.mark.parametrize("missing,said", [((1,), "seed 1 is"), ((1, 2), "seeds 1, 2 are")])
+def test_incomplete_seeds_are_left_out_and_said_so(missing, said):
+    rows, answers = study(CNNS, resilient(0.5, 0.4), seeds=(0, 1, 2))
+    rows = [r for r in rows if not (r["seed"] in missing and r["topology"] == "hard" and r["multiplier"] == L2J)]
     lines = judge(rows, answers)
     hard, soft = (part(lines, "C1", f"resnet20: {t} - dense") for t in ("hard", "soft"))
-    assert (hard["seeds"], soft["seeds"]) == (1, 2)
-    assert "seed 1 is incomplete and left out" in hard["measured"] and "incomplete" not in soft["measured"]
+    assert (hard["seeds"], soft["seeds"]) == (3 - len(missing), 3)
+    assert f"{said} incomplete and left out" in hard["measured"] and "incomplete" not in soft["measured"]
 
 
 def test_multipliers_that_leave_nothing_to_compare_are_left_out():

@@ -235,7 +235,8 @@ def _notes(grid: list[list[Cell]], by_seed: dict[int, list[Term]]) -> tuple[str,
         notes.append(f"training diverged for {some(diverged)}")
     left_out = [str(seed) for seed, missing in by_seed.items() if missing]
     if left_out:
-        notes.append(f"seed {', '.join(left_out)} is incomplete and left out")
+        which = f"seed {left_out[0]} is" if len(left_out) == 1 else f"seeds {', '.join(left_out)} are"
+        notes.append(f"{which} incomplete and left out")
     return tuple(notes)
 
 

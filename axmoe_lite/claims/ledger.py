@@ -66,7 +66,8 @@ def _evidence(line: dict, rows: list[dict], seconds: float) -> dict:
     mine = [row for row in rows if line["network"] in ("", None) or row["network"] in str(line["network"]).split(", ")]
 
     def seen(column: str) -> str:
-        return "+".join(dict.fromkeys(row[column] for row in mine)) or "none"
+        found = {row[column] for row in mine}
+        return "+".join(sorted(found, key=lambda text: (len(text), text))) or "none"  # 9 before 10
 
     origin = runs.evidence(0, scale="paper", seed=0, epochs=0)
     most = {column: max((int(row[column]) for row in mine), default=0) for column in ("n_train", "n_test")}
