@@ -193,7 +193,10 @@ def _turned_factors(table: Tensor) -> Factors | None:
     array[0] = array[-1 + 128] - array[127 + 128]
     array[:, 0] = array[:, -1 + 128] - array[:, 127 + 128]
     found = mask_factors(array)
-    return found and Factors(found.u[:, turned], found.v[:, turned], None)
+    if found is None:
+        return None
+    u, v = found.u[:, turned], found.v[:, turned]
+    return Factors(u, v, None) if torch.equal(u.T @ v, table.long()) else None  # -128 may have a life of its own
 
 
 def masked(values: Tensor, mask: int) -> Tensor:

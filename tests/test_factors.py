@@ -1,5 +1,6 @@
 """Factorisation: exact on every pair, minimal where promised, and honest about arithmetic."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ RANKS = dict(zip(EVOAPPROX, (1, 3, 4, 5, 1, 3, 4, 1, 4, 1, 1, 1, 1), strict=True
 
 
 def gives_back(factors: Factors, table: torch.Tensor) -> bool:
-    return torch.equal(torch.as_tensor((factors.u.T @ factors.v).astype("int64")), table.long())
+    u, v = (np.asarray(side) for side in (factors.u, factors.v))
+    return torch.equal(torch.as_tensor((u.T @ v).astype("int64")), table.long())
 
 
 @pytest.mark.parametrize("name", EVOAPPROX)
@@ -91,6 +93,17 @@ def test_masks_are_not_claimed_for_tables_that_only_look_like_arrays():
     table = exact_table()
     table[3 + 128, 5 + 128] += 1
     assert factorise(Multiplier("sly", table)).masks is None
+
+
+def test_bytes_are_not_claimed_for_tables_that_only_look_like_negated_arrays():
+    negated = multiplier("mul8s_1KVA").negated().table
+    assert factorise(Multiplier("turned", negated)).bytewise
+    for row in (0, 131):  # -128, which an array's other rows say nothing of, and 3
+        table = negated.clone()
+        table[row] += 7
+        assert gives_back(factorise(Multiplier("sly", table)), table)
+    for name in ("drum(7)", "drum(6)"):  # where single bits and -1 are exact
+        assert gives_back(factorise(multiplier(name)), multiplier(name).table)
 
 
 # ---------------------------------------------------------------------------- which arithmetic

@@ -89,7 +89,8 @@ def test_a_figure_of_four_remedies():
 
 def test_the_front_page_tells_other_signs_apart():
     rows = [row for row in runs.read("axmoe_resnet20_cifar100") if (row["topology"], row["seed"]) == ("dense", "0")]
-    signs = [row for row in runs.read("signs") if (row["network"], row["topology"]) == ("resnet20", "dense")]
+    of = {"network": "resnet20", "topology": "dense", "seed": "0"}
+    signs = [row for row in runs.read("signs") if of.items() <= row.items()]
     here = "mul8s_1L2N"
     rows = [row for row in (*rows, *signs) if row["multiplier"] in (EXACT, here, f"signs:{here}")]
     (data,) = [v for v in plots.healing(rows).to_dict()["datasets"].values() if "state" in v[0]]
