@@ -77,7 +77,7 @@ def mixed_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.LayerChart:
     rows = [dict(row) for row in rows]
     check_evidence(rows, "family")
     table = pd.DataFrame(rows).astype({"top1": float, "p_norm": float, "accuracy": float})
-    families = list(dict.fromkeys(table["family"]))
+    families = sorted(set(table["family"]))  # so that figures of the same ones have the same colours
     colours = [BLUE, SKY, ORANGE, PURPLE, GREEN, GREY]
     scale = alt.Scale(domain=families, range=[colours[i % len(colours)] for i in range(len(families))])
     pick = alt.selection_point(fields=["family"], bind="legend")
@@ -85,7 +85,7 @@ def mixed_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.LayerChart:
     shown = alt.Chart(table[[c for c in ("family", "top1", "p_norm", "accuracy", "multipliers", *_TOLD) if c in table]])
     x = alt.X("p_norm:Q", title="normalised inference cost", scale=alt.Scale(zero=False))
     y = alt.Y("top1:Q", title="top-1 accuracy, test images", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False))
-    colour = alt.Color("family:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=2))
+    colour = alt.Color("family:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=2, labelLimit=0))
     shape = alt.condition("indexof(datum.family,'uniform')>=0", alt.value("diamond"), alt.value("circle"))
     lines = (
         shown.transform_filter("indexof(datum.family,'uniform')<0")
