@@ -91,9 +91,9 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
 
     First the sixteen operands with a single bit set are looked at: if they determine the table, as in
     every array multiplier, an 8 x 8 matrix is factorised into bit masks instead, and so is that of an array whose
-    operands are negated first. Otherwise a basis of the
-    integer lattice of the table's rows is found by Euclid's algorithm; it exists for every table. Above
-    rank 64 the distinct rows themselves are the terms: as exact, but not the fewest.
+    operands are negated first. Otherwise a basis of the integer lattice of the table's rows is found by Euclid's
+    algorithm; it exists for every table. Above rank 64 the distinct rows themselves are the terms: as exact, but not
+    the fewest.
 
     The rank is proven: a minor that does not vanish modulo a prime bounds it from below, the
     factorisation, compared with the table on all pairs, from above.
@@ -119,7 +119,7 @@ def factorise(multiplier: Multiplier | Mosaic) -> Factors:
     if multiplier not in _found:
         table = multiplier.table
         factors = mask_factors(table) or _turned_factors(table) or _lattice_factors(table)
-        _verify(multiplier.name, multiplier.table, factors)
+        _verify(multiplier.name, table, factors)
         _found[multiplier] = factors
     return _found[multiplier]
 
