@@ -286,10 +286,10 @@ MUTATIONS = (
              "terms |= {(topology, name, NOT): -sign / len(used) for name in used}",
              "terms |= {(topology, name, NOT): sign / len(used) for name in used}",
              "tests/test_claims.py"),
-    Mutation("seeds-scatter-too-little", "few seeds are taken to scatter around their own mean as around the truth",
+    Mutation("seeds-scatter-too-little", "two or three seeds are taken to know their own spread exactly",
              "axmoe_lite/claims/statistics.py",
-             "return centre + math.sqrt(n_seeds / (n_seeds - 1)) * (drawn - centre)",
-             "return drawn",
+             "stats.t.ppf((order + 0.5) / resamples, len(per_seed) - 1)",
+             "stats.norm.ppf((order + 0.5) / resamples)",
              "tests/test_claims_statistics.py"),
     # ---- search
     Mutation("chosen-on-test-images", "a search scores its networks on the test images",

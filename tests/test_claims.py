@@ -99,10 +99,12 @@ def vggs(aggressive, cluster, moderate=0.7):
     ("claim", "networks", "true", "false"),
     [
         ("C1", CNNS, resilient(0.5, 0.4), resilient(0.4, 0.5)),
-        ("C2", VIT, resilient(0.5, 0.48), resilient(0.5, 0.4)),
+        ("C2", VIT, resilient(0.5, 0.495), resilient(0.5, 0.45)),
         ("C3", ["resnet20"], retrained(lambda t, m: 0.7), retrained(lambda t, m: 0.6)),
         ("C5", VIT, retrained(lambda t, m: 0.65 if t == "hard" else 0.6),
          retrained(lambda t, m: 0.6 if t == "hard" else 0.65)),
+        ("C5", VIT, retrained(lambda t, m: 0.65 if t == "hard" else 0.6),  # it leads, but by less than it did anyway
+         lambda t, m, r: 0.6 + 0.02 * (t == "hard") + 0.06 * (t == "hard" and m == EXACT)),
         ("M1", ["resnet20"], corrected(KVA, 0.9), corrected(KVA, 0.1)),
         ("M2", ["resnet20"], corrected(L2J, 0.1), corrected(L2J, 0.9)),
         ("O1", ["resnet20"], refreshed(1), refreshed(0.5)),
@@ -117,7 +119,7 @@ def test_what_is_true_is_reproduced_and_its_reverse_is_not(claim, networks, true
 
 @pytest.mark.parametrize(
     ("claim", "networks", "top1"),
-    [("C1", CNNS, resilient(0.5, 0.5)), ("C2", VIT, resilient(0.5, 0.45)),
+    [("C1", CNNS, resilient(0.5, 0.5)), ("C2", VIT, resilient(0.5, 0.48)),
      ("C3", ["resnet20"], retrained(lambda t, m: 0.69)), ("C5", VIT, retrained(lambda t, m: 0.6)),
      ("M1", ["resnet20"], corrected(KVA, 0.5)), ("M2", ["resnet20"], corrected(L2J, 0.5)),
      ("O1", ["resnet20"], refreshed(0.9))],
@@ -137,8 +139,9 @@ def test_the_vggs_of_c4():
 
     as_claimed = both(vggs(0.2, 0.5), vggs(0.2, 0.2))
     assert whole(as_claimed, "C4")["verdict"] == YES
-    # 5 moderate x 4, 2 aggressive x 3, and 2 x 3 for Cluster against each other topology; on VGG19 7 x 4
-    assert sum(line["claim"] == "C4" and bool(line["part"]) for line in as_claimed) == 20 + 6 + 6 + 28
+    # 5 moderate x 4, L2L x 3, and 3 for Cluster against each other topology; on VGG19 6 x 4
+    assert sum(line["claim"] == "C4" and bool(line["part"]) for line in as_claimed) == 20 + 3 + 3 + 24
+    assert "is aggressive: KVA" in whole(as_claimed, "C4")["measured"]
     assert part(as_claimed, "C4", "vgg11_bn: cluster - hard, L2L")["effect"] == pytest.approx(30)
     for wrong in (
         both(vggs(0.69, 0.5), vggs(0.2, 0.2)),  # nothing fails on VGG11
@@ -150,7 +153,7 @@ def test_the_vggs_of_c4():
 
 
 def test_one_of_many_that_fails_narrowly_may_be_chance():
-    # 28 comparisons: 1.9 points below misses the margin of 1 by about 2.3 standard errors, p = 0.02, 28 p > 0.05
+    # 35 comparisons: 1.9 points below misses the margin of 1 by about 2.3 standard errors, p = 0.02, 35 p > 0.05
     narrow = retrained(lambda t, m: 0.681 if (t, m) == ("hard", L2L) else 0.7)
     lines = judge(*study(["resnet20"], narrow))
     one = part(lines, "C3", "resnet20: hard, L2L - KV6")
@@ -164,12 +167,22 @@ def test_numbers_of_a_line_can_be_redone():
     line = part(lines, "C1", "resnet20: soft - dense")
     assert line["effect"] == pytest.approx(10) and line["low"] < 10 < line["high"]  # 30 lost against 20
     assert (line["seeds"], line["n_test"], line["network"]) == (3, N, "resnet20")
-    assert line["measured"] == "soft loses 30.0 of 70.0, dense loses 20.0 of 70.0"
+    assert line["measured"] == "soft loses 30.0 of 70.0 and keeps 40.0, dense loses 20.0 of 70.0 and keeps 50.0"
     assert line["reason"].startswith("Soft loses 10.0 points more than dense (95 %: ")
-    assert "t over 3 seeds" in line["test"] and "images and seeds" in line["test"]
+    assert "t over 3 seeds alone" in line["test"] and "images, t over 3 seeds" in line["test"]
     told = whole(lines, "C1")
     assert "of 9 comparisons 9 hold" in told["measured"] and "resnet20 the least was lost by dense" in told["measured"]
     assert told["reason"].startswith("All 9 comparisons hold. The closest is ")
+
+
+def test_what_each_topology_alone_leaves_open_all_of_them_may_tell():
+    lines = judge(*study(["resnet20"], retrained(lambda t, m: 0.679 if m == L2L else 0.7)))
+    alone = [part(lines, "C3", f"resnet20: {t}, L2L - KV6") for t in TOPOLOGIES]
+    assert {line["verdict"] for line in alone} == {OPEN}
+    together = part(lines, "C3", "resnet20: mean of 4 topologies, L2L - KV6")
+    assert together["effect"] == pytest.approx(-2.1) and together["verdict"] == NO
+    assert together["measured"] == "67.9 % against 70.0 % retrained under KV6"
+    assert whole(lines, "C3")["verdict"] == NO
 
 
 # ----------------------------------------------------------------------------------- what is missing or unfair
@@ -179,7 +192,7 @@ def test_without_rows_nothing_can_be_tested_and_all_is_named():
     lines = judge([])
     assert {line["verdict"] for line in lines} == {OPEN}
     assert {line["claim"] for line in lines} == {*claims.CLAIMS, *(f"N{n}" for n in range(1, 14))}
-    assert whole(lines, "C5")["reason"] == "Rows are missing: 2 of vit_small (hard, dense; L2L; retrained)."
+    assert "Rows are missing: 4 of vit_small (hard, dense; L2L, KV6; retrained)." in whole(lines, "C5")["reason"]
 
 
 def test_missing_rows_are_named_and_never_guessed():
@@ -211,17 +224,14 @@ def test_incomplete_seeds_are_left_out_and_said_so(missing, said):
 def test_multipliers_that_leave_nothing_to_compare_are_left_out():
     def top1(t, m, r):
         if m == L2L:
-            return 0.01 if t == "dense" else 0.0195  # all below 2 %: Dense seems worse there, by chance alone
+            return 0.015 if t == "dense" else 0.04  # below 2 %: Dense has nothing more to lose there
         return resilient(0.5, 0.48)(t, m, r)
 
     line = part(judge(*study(CNNS, top1)), "C1", "resnet20: hard - dense")
     assert line["effect"] == pytest.approx(2) and "mean of 6 multipliers" in line["comparison"]
-    assert line["measured"].endswith("left out, every topology is below 2 x chance there: L2L")
-    one_above = part(
-        judge(*study(CNNS, lambda t, m, r: 0.03 if (t, m) == ("soft", L2L) else top1(t, m, r))),
-        "C1", "resnet20: hard - dense",
-    )  # fmt: skip
-    assert "mean of 7 multipliers" in one_above["comparison"]
+    assert line["measured"].endswith("left out, a topology is below 2 x chance there and has no more to lose: L2L")
+    above = judge(*study(CNNS, lambda t, m, r: 0.03 if (t, m) == ("dense", L2L) else top1(t, m, r)))
+    assert "mean of 7 multipliers" in part(above, "C1", "resnet20: hard - dense")["comparison"]
     dead = judge(*study(CNNS, lambda t, m, r: 0.7 if m == EXACT else 0.01))
     assert whole(dead, "C1")["verdict"] == OPEN and "near chance" in whole(dead, "C1")["reason"]
 
@@ -364,10 +374,11 @@ def test_a_wide_interval_has_room_for_the_printed_value():
     assert "inside our interval" in part(lines, "N1", "resnet20: dense, accuracy")["reason"]
 
 
-def test_where_the_regime_is_not_said_either_will_do():
+def test_where_the_regime_is_not_said_both_have_to_agree():
     healed = numbers(lambda t, m, r: 0.70 if m == EXACT or r == "retrained" else 0.40)
     line = part(healed, "N2", "resnet20: dense, accuracy")
-    assert line["verdict"] == YES and "(retrained)" in line["comparison"] and "does not say" in line["reason"]
+    assert line["verdict"] == OPEN and "(retrained)" in line["comparison"]
+    assert "Not retrained: Ours is -30.0 points" in line["reason"] and "Retrained: Ours is 0.0 points" in line["reason"]
     worse = numbers(lambda t, m, r: 0.70 if m == EXACT else 0.50 if r == "retrained" else 0.30)
     line = part(worse, "N2", "resnet20: dense, accuracy")
     assert line["verdict"] == NO and "(retrained)" in line["comparison"] and "ours -20.00 points" in line["measured"]
@@ -380,9 +391,11 @@ def test_upper_bounds():
 
 
 def test_costs_agree_to_the_printed_digits():
-    for p_norm, verdict in ((0.4749, YES), (0.4751, NO), (0.4651, YES), ("", OPEN)):
+    for p_norm, verdict in ((0.4749, YES), (0.479, YES), (0.48, NO), (0.46, NO), ("", OPEN)):
         lines = numbers(lambda t, m, r: 0.5, p_norm=p_norm)
         assert part(lines, "N3", "resnet20: hard, P_norm")["verdict"] == verdict
+    close = part(numbers(lambda t, m, r: 0.5, p_norm=0.479), "N3", "resnet20: hard, P_norm")
+    assert "agrees within 1% with the printed 0.47." in close["reason"]
     assert part(numbers(lambda t, m, r: 0.5, p_norm=2.5), "N4", "resnet20: soft, P_norm")["verdict"] == YES
     assert part(numbers(lambda t, m, r: 0.5, p_norm=3.1), "N4", "resnet20: soft, P_norm")["verdict"] == NO
 
@@ -390,7 +403,7 @@ def test_costs_agree_to_the_printed_digits():
 def test_the_table_is_the_one_we_read():
     assert [claims.CLAIMS[name].source for name in ("C1", "C5", "M1", "O1")] == ["abstract"] * 2 + ["deduced", "ours"]
     dense, hard = (next(n for n in claims.NUMBERS if n.id == row) for row in ("N11", "N12"))
-    assert dense.exact - dense.top1 == pytest.approx(6.46) and hard.exact - hard.top1 == pytest.approx(1.74)
+    assert dense.base - dense.top1 == pytest.approx(6.46) and hard.base - hard.top1 == pytest.approx(1.74)
 
 
 def test_the_committed_ledger_is_what_the_committed_rows_say():
@@ -438,6 +451,16 @@ def test_publish_drops_lines_that_nothing_supports(elsewhere, monkeypatch):
 def rest(rows):
     """Printed numbers that share a line."""
     return len(claims.NUMBERS) - len({row["claim"] for row in rows if row["claim"].startswith("N")})
+
+
+def test_a_distance_may_be_that_from_another_topology():
+    def top1(t, m, r):
+        return {"dense": 0.60, "soft": 0.62}.get(t, 0.5) + 0.002 * (m == "float32")
+
+    line = part(numbers(top1), "N4", "resnet20: soft, accuracy")  # the paper's is 70.78 - 68.58
+    assert line["verdict"] == YES and line["effect"] == pytest.approx(2 - 2.2)
+    assert "distance from dense under KV6, not retrained" in line["comparison"]
+    assert part(numbers(top1), "N1", "resnet20: dense, cost of eight bits")["verdict"] == OPEN  # no row of float32
 
 
 def test_one_seed_is_said_and_two_are_not():

@@ -19,18 +19,19 @@ def test_interval_of_one_seed_covers_the_truth_as_often_as_it_says():
     assert 0.91 < hits / 300 < 0.985  # 0.95 +- 3 standard errors
 
 
-def test_interval_of_several_seeds_covers_the_mean_over_all_seeds():
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_interval_of_several_seeds_covers_the_mean_over_all_seeds(seeds):
     """Seeds that differ by far more than images do: resampling images alone would cover about one time in three."""
     generator, hits, without = np.random.default_rng(2), 0, 0
-    for _ in range(300):
-        truth = generator.normal(scale=0.1, size=(8, 1))
-        values = truth + generator.normal(scale=1, size=(8, 400))
+    for _ in range(400):
+        truth = generator.normal(scale=0.1, size=(seeds, 1))
+        values = truth + generator.normal(scale=1, size=(seeds, 400))
         found = paired_bootstrap(values, resamples=400)
         hits += found.low <= 0 <= found.high
         images_only = paired_bootstrap(values.mean(axis=0), resamples=400)
         without += images_only.low <= 0 <= images_only.high
-    assert 0.86 < hits / 300 < 0.985  # eight seeds are few: a little below 0.95
-    assert without / 300 < 0.75
+    assert hits / 400 > 0.93
+    assert without / 400 < 0.75
 
 
 def test_seeds_scatter_as_much_as_their_standard_error():
@@ -38,11 +39,13 @@ def test_seeds_scatter_as_much_as_their_standard_error():
     found = paired_bootstrap(values, resamples=20_000)
     assert found.estimate == 1.5
     assert found.spread == pytest.approx(math.sqrt(5 / 3))  # squares 2.25 + 0.25 + 0.25 + 2.25 over 3
-    assert found.error == pytest.approx(math.sqrt(5 / 3 / 4), rel=0.03)
+    assert found.error == pytest.approx(math.sqrt(5 / 3 / 4))
+    assert found.high - 1.5 == pytest.approx(3.1824 * math.sqrt(5 / 3 / 4), rel=1e-3)  # t, three degrees of freedom
+    assert found.p(0) == pytest.approx(paired_t(found.per_seed), rel=0.01)
 
 
 def test_everything_is_resampled_with_the_same_images():
-    a, b = np.random.default_rng(3).normal(size=(2, 2, 3000))
+    a, b = np.random.default_rng(3).normal(size=(2, 3000))
     one, other, both = (paired_bootstrap(values).draws for values in (a, b, a + b))
     np.testing.assert_allclose(one + other, both, atol=1e-12)
     assert not np.allclose(one, paired_bootstrap(a, seed=1).draws)
@@ -87,6 +90,8 @@ def test_unpaired_interval_knows_that_seeds_differ():
     alike, apart = (unpaired_normal([[a], [b]], [100], n_images=10_000) for a, b in ((0.6, 0.6), (0.5, 0.7)))
     assert alike.spread == 0 and apart.spread == pytest.approx(20 / math.sqrt(2))
     assert apart.error == pytest.approx(math.hypot(10, 100 * (0.5 + math.sqrt(0.21)) / 200), rel=1e-3)
+    assert apart.high - 60 == pytest.approx(12.706 * 10, rel=0.01)  # t with one degree of freedom
+    assert 0.1 < apart.p(0) < 0.2  # 6 standard errors, of two seeds
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from axmoe_lite.claims.statistics import Interval, holm, paired_t
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS = ("reproduced", "not reproduced", "not testable here")
 LEVEL = 0.05  # not from the paper
-ONE_SEED = " One seed: what another training would give is not in the interval."
+SAME_COST = 0.01  # relative difference of two P_norm, not from the paper
 COLUMNS = (
     "claim", "part", "statement", "source", "network", "comparison", "measured", "effect", "low", "high", "p", "test",
     "seeds", "n_test", "verdict", "reason",
@@ -103,8 +103,7 @@ def lines(parts: list[Part], *, claim: str, statement: str, source: str, measure
     common = {"claim": claim, "statement": statement, "source": source}
     below = [_part_line(part, p_holm.get(part.name), len(tested)) | common for part in parts]
     whole = _summary(parts, below, p_holm, measured) | common
-    if tested and all(part.found.interval.n_seeds == 1 for part in tested):
-        whole["reason"] += ONE_SEED
+    whole["reason"] += _of_one_seed(parts, below, whole["verdict"])
     return [in_order(line) for line in (whole, *below)]
 
 
@@ -199,12 +198,27 @@ def _summary(parts: list[Part], below: list[dict], p_holm: dict[str, float], mea
     for column in ("seeds", "n_test"):  # the least of them: a claim is as well founded as its weakest part
         whole[column] = min((other[column] for _, other in counted if other.get(column)), default=None)
     told = ", ".join(
-        f"{len(groups[v])} {says}"
-        for v, says in zip(VERDICTS, ("hold", "speak against it", "cannot be told"), strict=True)
+        f"{len(groups[v])} {says[len(groups[v]) > 1]}"
+        for v, says in zip(
+            VERDICTS,
+            (("holds", "hold"), ("speaks against it", "speak against it"), ("cannot be told",) * 2),
+            strict=True,
+        )
         if groups[v]
     )
     whole["measured"] = "; ".join(text for text in (f"of {len(counted)} comparisons {told}", measured) if text)
     return whole | {"reason": _reason(groups, verdict, part, line)}
+
+
+def _of_one_seed(parts: list[Part], below: list[dict], verdict: str) -> str:
+    """A warning, where what decides the verdict was measured on one training."""
+    found = [part.found.interval for part, line in zip(parts, below, strict=True) if line["verdict"] == verdict]
+    measured = [interval for interval in found if interval]
+    alone = sum(interval.n_seeds == 1 for interval in measured)
+    if not alone:
+        return ""
+    which = "One seed" if alone == len(measured) else f"One seed in {alone} of these {len(measured)}"
+    return f" {which}: what another training would give is not in the interval."
 
 
 def _deciding(group: list[tuple[Part, dict]], verdict: str) -> tuple[Part, dict]:
@@ -221,10 +235,13 @@ def _reason(groups: dict[str, list], verdict: str, part: Part, line: dict) -> st
     if verdict == REPRODUCED:
         return f"All {n} comparisons hold. The closest is {here}"
     if verdict == NOT_REPRODUCED:
-        return f"{len(groups[verdict])} of {n} comparisons speak against it, most of all {here}"
+        against = len(groups[verdict])
+        return f"{against} of {n} comparisons speak{'s' * (against == 1)} against it, most of all {here}"
     missing = [place for other, _ in groups[verdict] for place in other.found.missing]
     blocked = sum(other.found.interval is None or bool(other.problem) for other, _ in groups[verdict])
     close = len(groups[verdict]) - blocked
-    why = [f"{blocked} cannot be made"] * bool(blocked) + [f"{close} are too close to tell"] * bool(close)
+    why = [f"{blocked} cannot be made"] * bool(blocked) + [
+        f"{close} {'is' if close == 1 else 'are'} too close to tell"
+    ] * bool(close)
     told = f"Nothing speaks against it, but of {n} comparisons {' and '.join(why)}. "
     return told + (f"Rows are missing: {named(missing)}." if missing else f"The first is {here}")

@@ -32,7 +32,7 @@ class Interval:
         per_seed: each seed's own effect.
         test: which test, in words.
         draws: [resamples], what other images and seeds might have given; None where only a normal curve is known.
-        error: standard error; of that curve, or of the draws.
+        error: standard error, of the images and of the seeds.
     """
 
     estimate: float
@@ -49,8 +49,9 @@ class Interval:
     def p(self, null: float = 0.0) -> float:
         """Two-sided p-value of "the effect is ``null``"; below 0.05 where the interval leaves ``null`` out.
 
-        Where no draw lies beyond ``null``, 2,000 of them cannot tell 1 / 1000 from less; then it is the tail of a
-        normal curve with the same standard error. Never below 1e-6: no curve is to be trusted further.
+        Where no draw lies beyond ``null``, 2,000 of them cannot tell 1 / 1000 from less; for one seed it is then the
+        tail of a normal curve with the same standard error. Never below 1e-6: no curve is to be trusted further. A few
+        seeds promise no such tail, and 1 / 1000 it stays.
         """
         if self.estimate == null or not self.error:
             return float(self.estimate == null) or LEAST_P
@@ -60,15 +61,15 @@ class Interval:
         close = 1e-9 * max(1.0, abs(null))  # sums of the same numbers in another order
         beyond = min(int((self.draws <= null + close).sum()), int((self.draws >= null - close).sum()))
         counted = min(1.0, 2 * (beyond + 1) / (len(self.draws) + 1))
-        return counted if beyond else min(counted, tail)
+        return counted if beyond or self.n_seeds > 1 else min(counted, tail)
 
 
 def paired_bootstrap(differences: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Resample the test images, the same for all seeds and for everything that is compared; then the seeds.
+    """Resample the test images, the same for all seeds and for everything that is compared; seeds by Student's t.
 
-    With S seeds their deviations are stretched by sqrt(S / (S - 1)), because S values scatter around their own mean
-    less than around the truth. Where seeds differ much more than images do, three of them still make it too narrow:
-    :func:`paired_t` is the check.
+    S seeds tell the mean over all seeds to within spread / sqrt(S), and the spread is known from them alone: that is
+    Student's t with S - 1 degrees of freedom, whose draws are added to those of the images. Resampling two or three
+    seeds instead would cover the truth too seldom. Two seeds give a wide interval; that of one is of images only.
 
     Args:
         differences: [seeds, images], or [images] for one seed; finite.
@@ -92,8 +93,8 @@ def paired_bootstrap(differences: np.ndarray, *, resamples: int = RESAMPLES, see
     sums = np.zeros((resamples, n_seeds))
     for part in np.array_split(busy, -(-len(busy) // _BATCH) or 1):  # an image without any difference adds nothing
         sums += counts[part].T.astype(np.float64) @ values[:, part].T
-    draws = _resample_seeds(sums / n_images, seed)
-    per_seed = values.mean(axis=1)
+    per_seed, means = values.mean(axis=1), sums.mean(axis=1) / n_images
+    draws = means + _seed_draws(per_seed, resamples, seed)
     low, high = np.quantile(draws, (0.025, 0.975))
     return Interval(
         estimate=float(per_seed.mean()),
@@ -102,9 +103,9 @@ def paired_bootstrap(differences: np.ndarray, *, resamples: int = RESAMPLES, see
         spread=_spread(per_seed),
         n_seeds=n_seeds,
         n_images=n_images,
-        test=f"paired bootstrap of images{' and seeds' if n_seeds > 1 else ''}, {resamples} resamples",
+        test=f"paired bootstrap of images{f', t over {n_seeds} seeds' if n_seeds > 1 else ''}, {resamples} resamples",
         per_seed=tuple(map(float, per_seed)),
-        error=float(draws.std()),
+        error=math.hypot(float(means.std()), _seed_error(per_seed)),
         draws=draws,
     )
 
@@ -119,22 +120,26 @@ def _resampled_images(n_images: int, resamples: int, seed: int) -> np.ndarray:
     return np.ascontiguousarray(counts.T)
 
 
-def _resample_seeds(means: np.ndarray, seed: int) -> np.ndarray:
-    """[resamples, seeds] to [resamples]."""
-    n_seeds = means.shape[1]
-    if n_seeds == 1:
-        return means[:, 0]
-    picked = np.random.default_rng([seed, n_seeds]).integers(n_seeds, size=means.shape)
-    centre = means.mean(axis=1)
-    drawn = np.take_along_axis(means, picked, axis=1).mean(axis=1)
-    return centre + math.sqrt(n_seeds / (n_seeds - 1)) * (drawn - centre)
+def _seed_draws(per_seed: np.ndarray, resamples: int, seed: int) -> np.ndarray | float:
+    """[resamples]: by how much the mean over all seeds may lie off the mean over these."""
+    if len(per_seed) == 1:
+        return 0.0
+    from scipy import stats
+
+    order = np.random.default_rng([seed, len(per_seed)]).permutation(resamples)
+    return _seed_error(per_seed) * stats.t.ppf((order + 0.5) / resamples, len(per_seed) - 1)
+
+
+def _seed_error(per_seed: np.ndarray) -> float:
+    return (_spread(per_seed) or 0.0) / math.sqrt(len(per_seed))
 
 
 def unpaired_normal(accuracies: np.ndarray, signs: Sequence[float], *, n_images: int) -> Interval:
     """For when it is known how many answers were right, but not which: a normal interval, wider than the paired one.
 
     What enters with the same sign is taken as perfectly correlated, what enters with opposite signs as independent.
-    Networks err on the same images, so both can only overstate the variance.
+    Networks err on the same images, so both can only overstate the variance. Several seeds enter as in
+    :func:`paired_bootstrap`.
 
     Args:
         accuracies: [seeds, terms], in [0, 1].
@@ -158,19 +163,25 @@ def unpaired_normal(accuracies: np.ndarray, signs: Sequence[float], *, n_images:
     deviations = np.sqrt(values * (1 - values) / n_images) * np.abs(signs)
     ups, downs = (deviations[:, side].sum(axis=1).mean() for side in (signs > 0, signs < 0))
     per_seed = values @ signs
-    spread = _spread(per_seed)
-    error = math.sqrt(ups**2 + downs**2 + (spread**2 / len(per_seed) if spread is not None else 0.0))
-    centre = float(per_seed.mean())
+    centre, of_images = float(per_seed.mean()), math.hypot(ups, downs)
+    low, high, draws = centre - 1.96 * of_images, centre + 1.96 * of_images, None
+    if len(per_seed) > 1:
+        from scipy import stats
+
+        means = centre + of_images * stats.norm.ppf((np.arange(RESAMPLES) + 0.5) / RESAMPLES)
+        draws = means + _seed_draws(per_seed, RESAMPLES, 0)
+        low, high = map(float, np.quantile(draws, (0.025, 0.975)))
     return Interval(
         estimate=centre,
-        low=centre - 1.96 * error,
-        high=centre + 1.96 * error,
-        spread=spread,
+        low=low,
+        high=high,
+        spread=_spread(per_seed),
         n_seeds=len(per_seed),
         n_images=n_images,
         test="unpaired normal interval (answers not kept; wider than a paired one)",
         per_seed=tuple(map(float, per_seed)),
-        error=error,
+        error=math.hypot(of_images, _seed_error(per_seed)),
+        draws=draws,
     )
 
 
