@@ -288,8 +288,6 @@ def test_calibration_reaches_experts_that_no_image_reaches(textures, hard):
         gate = hard.get_submodule(name).gate.score
         torch.nn.init.zeros_(gate.weight)
         gate.bias.data.copy_(torch.tensor([5.0, 0.0, 0.0]))
-    with pytest.raises(ValueError, match=r"conv1.experts.1.*no_idle_experts"):
-        approximate(hard, "mul8s_1KV6", calibration=textures.normalised(textures.x_train[:8]))
     train.calibrate(hard, "mul8s_1KV6", textures, n=8)
     assert all(layer.calibrated for layer in hard.modules() if hasattr(layer, "calibrated"))
 

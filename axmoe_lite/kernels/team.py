@@ -21,6 +21,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+REFUSED = (
+    "does not fit approximate layers: their loops are given addresses of numbers in memory. Trace, export or measure"
+    " the exact network, before approximate() or after restore()."
+)
+
 # Every loop's first two arguments are the next task and the number of tasks.
 
 
@@ -75,6 +80,8 @@ def loop(function: Callable) -> Any:
 
 def run(function: Any, tasks: int, *arguments: "int | np.float32 | np.ndarray | torch.Tensor") -> None:
     """Do all tasks of a loop; arrays are handed over as addresses, floats as the bits of a float32."""
+    if torch.jit.is_tracing():  # then sizes are tensors, and their addresses would pass for them
+        raise RuntimeError(f"torch.jit.trace (so ONNX, too) {REFUSED}")
     words = (ctypes.c_int64 * (2 + len(arguments)))(0, tasks, *map(_word, arguments))
     threads = min(torch.get_num_threads(), tasks)
     parallel = _openmp() if threads > 1 else None
@@ -90,7 +97,11 @@ def _word(argument: "int | np.float32 | np.ndarray | torch.Tensor") -> int:
         return argument
     if kind is np.float32:
         return int(argument.view(np.int32))
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument.__array_interface__["data"][0]
+    if not isinstance(argument, torch.Tensor):
+        return argument.__array_interface__["data"][0]
+    if argument.is_meta:
+        raise RuntimeError(f"A meta tensor {REFUSED}")
+    return argument.data_ptr()
 
 
 @functools.cache

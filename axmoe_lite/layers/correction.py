@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from axmoe_lite.kernels import matmul
 from axmoe_lite.layers.modules import ApproxConv2d, Approximate, ApproxLinear
 from axmoe_lite.layers.network import approximable, evaluating
+from axmoe_lite.moe import no_idle_experts
 from axmoe_lite.multipliers import EXACT, Multiplier, error_table, exact_table, multiplier
 
 Q = 256
@@ -134,7 +135,7 @@ def layer_errors(network: nn.Module, images: Tensor) -> dict[str, LayerError]:
 
     Args:
         network: after :func:`~axmoe_lite.layers.approximate`.
-        images: one batch as the network expects it.
+        images: one batch as the network expects it. An expert to which none of it goes is measured on all of it.
 
     Returns:
         A :class:`LayerError` for each approximate layer that has weights, by dotted name. What
@@ -164,8 +165,9 @@ def correct_bias(network: nn.Module, calibration: Tensor) -> dict[str, LayerErro
     """
 
     def correct(layer: Approximate, x: Tensor, error: LayerError) -> Tensor:
-        bias = -error.shift if layer.bias is None else layer.bias - error.shift
-        _become(layer, layer.multiplier, nn.Parameter(bias))
+        bias = nn.Parameter(-error.shift if layer.bias is None else layer.bias - error.shift)
+        object.__setattr__(layer, "corrected", bias)
+        _become(layer, layer.multiplier, bias)
         return layer.forward(x)
 
     return _measure(network, calibration, correct)
@@ -193,7 +195,7 @@ def _measure(
         for name, layer in layers.items()
     ]
     try:
-        with evaluating(network):
+        with evaluating(network), no_idle_experts(network):
             network(images)
     finally:
         for handle in handles:

@@ -118,7 +118,8 @@ def _forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
     ctx.save_for_backward(x)
     ctx.layer, ctx.product, ctx.weight_dtype = layer, layer.product(), weight.dtype
     ctx.dtype = torch.bfloat16 if _mixed(layer, x) else torch.float32
-    return ctx.product(x).to(ctx.dtype)
+    # A network in half or double precision goes on in its own type.
+    return ctx.product(x).to(ctx.dtype if weight.dtype == torch.float32 else weight.dtype)
 
 
 def _operands(ctx: Any, grad: Tensor) -> Tensor:
@@ -219,7 +220,8 @@ class Activations(torch.autograd.Function):
         codes = quant.quantise(a, layer.scale_a), quant.quantise(b, layer.scale_b)
         sums = factored.float_sums(*codes, layer.multiplier)  # spares two passes over what may be a large result
         sums = kernels.matmul(*codes, layer.multiplier).float() if sums is None else sums
-        return sums.mul_(layer.scale_a * layer.scale_b).to(ctx.dtype)
+        mixed = torch.is_autocast_enabled(a.device.type)
+        return sums.mul_(layer.scale_a * layer.scale_b).to(ctx.dtype if mixed else a.dtype)
 
     @staticmethod
     @once_differentiable

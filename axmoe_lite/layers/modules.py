@@ -40,6 +40,9 @@ class Approximate(nn.Module):
         object.__setattr__(self, "exact", exact)  # hidden from torch: its parameters are ours, once
         self.train(exact.training)
 
+    def hand_over(self) -> None:
+        """Give the exact layer what of it may have changed."""
+
     @property
     def calibrated(self) -> bool:
         return all(math.isfinite(getattr(self, scale)) for scale in self.SCALES)
@@ -54,7 +57,7 @@ class Approximate(nn.Module):
     def _observe(self, *inputs: Tensor) -> Tensor:
         for histogram, x in zip(self.histograms, inputs, strict=True):
             histogram.update(x)
-        return self.exact(*inputs)
+        return self.exact.forward(*inputs)  # hooks are this layer's; it called them
 
 
 class _Kept:
@@ -85,6 +88,13 @@ class _Weighted(Approximate):
         super().__init__(exact, multiplier, per_channel, gradient)
         self.weight, self.bias = exact.weight, exact.bias
         self._kept = _Kept()
+        object.__setattr__(self, "corrected", None)  # the bias that correct_bias() gave it; hidden, it is a parameter
+
+    def hand_over(self) -> None:
+        """Others may have been put in the place of the parameters. A corrected bias is this layer's own."""
+        self.exact.weight = self.weight
+        if self.bias is not self.corrected:
+            self.exact.bias = self.bias
 
     def product(self) -> ConvProduct | LinearProduct:
         """The layer's product by law (1), made anew only when weight, bias, scale or multiplier have changed.

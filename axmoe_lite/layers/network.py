@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from axmoe_lite import quant
 from axmoe_lite.layers.gradients import check_gradient
 from axmoe_lite.layers.modules import KINDS, Approximate, Matmul
+from axmoe_lite.moe import no_idle_experts
 from axmoe_lite.multipliers import Mosaic, Multiplier, mosaic_name, multiplier
 
 Choice = str | Multiplier | Mosaic | list  # a list has one name for each filter, or lists of one for each channel
@@ -132,7 +133,8 @@ def approximate(
             A name may say ``"swap:..."`` to make the weight the first operand, or name several multipliers for one
             layer (:func:`~axmoe_lite.multipliers.mosaic_name`); a list has one for each filter.
         calibration: a batch as the network expects it ([N, C, H, W], normalised), or several. The exact
-            network is run on it in evaluation mode to see how large each layer's inputs are.
+            network is run on it in evaluation mode to see how large each layer's inputs are; an expert to which
+            no image of a batch goes is shown all of it.
         method, percentile: how the activation range is chosen, see :class:`axmoe_lite.quant.Histogram`.
         per_channel: one weight scale for each output channel instead of one a layer. None: as the layer has it now,
             and one a layer where it was exact until now.
@@ -144,8 +146,8 @@ def approximate(
         The same network.
 
     Raises:
-        ValueError: for a layer or multiplier that does not exist, a layer that was never run, images that
-            are missing, empty or not finite. The network is then as it was before the call.
+        ValueError: for a layer or multiplier that does not exist, a layer that was never run or makes its weight
+            anew at each call (pruning), images that are missing, empty or not finite. The network is then as it was.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
     >>> x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -164,8 +166,7 @@ def approximate(
     before = approximable(network)
     after: dict[str, nn.Module] = {}
     for name, layer in before.items():
-        exact = layer.exact if isinstance(layer, Approximate) else layer
-        after[name] = exact
+        after[name] = exact = exact_of(layer)
         if name in chosen:
             options = {key: getattr(layer, key, None) if value is None else value for key, value in asked.items()}
             options = {key: value for key, value in options.items() if value is not None}
@@ -188,8 +189,16 @@ def approximate(
 def restore(network: nn.Module) -> nn.Module:
     """Put the exact layers back, in place, with whatever training did to their weights; returns the network."""
     before = approximable(network)
-    _place(network, before, {n: m.exact if isinstance(m, Approximate) else m for n, m in before.items()})
+    _place(network, before, {name: exact_of(layer) for name, layer in before.items()})
     return network
+
+
+def exact_of(layer: nn.Module) -> nn.Module:
+    """The layer itself, or the exact one that it stands for, with the parameters that it has now."""
+    if not isinstance(layer, Approximate):
+        return layer
+    layer.hand_over()
+    return layer.exact
 
 
 def assignment_of(network: nn.Module) -> dict[str, str]:
@@ -225,6 +234,12 @@ def _resolve(network: nn.Module, assignment: Assignment, gradient: str | None) -
             raise ValueError(_unknown_layer(network, name, known))
     chosen = {name: chosen_multiplier(value) for name, value in assignment.items()}
     for name, value in chosen.items():
+        if exact_kind(known[name]) is not Matmul and "weight" not in known[name]._parameters:
+            raise ValueError(
+                f"Layer {name!r} makes its weight anew at each call, as torch.nn.utils does for prune, spectral_norm"
+                " and weight_norm. Make the weight its own first: prune.remove(layer, 'weight'),"
+                " remove_spectral_norm(layer) or remove_weight_norm(layer)."
+            )
         if isinstance(value, Mosaic):
             if exact_kind(known[name]) is Matmul:
                 raise ValueError(f"Layer {name!r} multiplies two activations; {value.name!r} needs weights to lie on.")
@@ -265,14 +280,34 @@ def _unknown_layer(network: nn.Module, name: str, known: dict[str, nn.Module]) -
 
 
 def _place(network: nn.Module, before: dict[str, nn.Module], after: dict[str, nn.Module]) -> None:
-    """Put ``after`` wherever ``before`` stands, also where one layer is used under several names."""
+    """Put ``after`` wherever ``before`` stands, also where one layer is used under several names; with its hooks."""
     instead = {id(before[name]): after[name] for name in before if before[name] is not after[name]}
     for parent in network.modules():
         for key, child in parent._modules.items():
             if id(child) in instead:
                 new = instead[id(child)]
                 new.train(child.training)
+                for kind in HOOKS:
+                    setattr(new, kind, getattr(child, kind))
                 parent._modules[key] = new
+    for module in network.modules():
+        _keep_from_short_cuts(module)
+
+
+HOOKS = tuple(kind for kind in vars(nn.Module()) if "_hook" in kind)  # torch's names: dicts, and a flag of one
+SHORT_CUTS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+def _keep_from_short_cuts(module: nn.Module) -> None:
+    """In evaluation torch's own transformer multiplies by its layers' weights without calling them: not ours, please.
+
+    It asks a flag at each call whether it may.
+    """
+    for kind, flag in SHORT_CUTS.items():
+        if isinstance(module, kind):
+            before = module.__dict__.setdefault("_before_approximate", getattr(module, flag, False))
+            ours = any(isinstance(layer, Approximate) for layer in module.modules())
+            setattr(module, flag, False if ours else before)
 
 
 @contextmanager
@@ -309,7 +344,7 @@ def _calibrate(
     for name, layer in watched.items():
         layer.histograms = [quant.Histogram(name) for _ in layer.SCALES]
     try:
-        with evaluating(network):
+        with evaluating(network), no_idle_experts(network):
             for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
                 if not isinstance(batch, Tensor) or batch.dtype == torch.uint8:
                     kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
@@ -328,9 +363,8 @@ def _calibrate(
         for name, layer in layers.items():
             if not layer.histograms[0].counts.sum():
                 raise ValueError(
-                    f"Layer {name!r} was not called on the calibration images (there were none, or the network reads"
-                    " its weights without calling it, or it is an expert to which none of them goes: then calibrate"
-                    " inside `with moe.no_idle_experts(network)`)."
+                    f"Layer {name!r} was not called on the calibration images: there were none, or the network reads"
+                    " its weights without calling it. Name other layers in a dict to leave it exact."
                 )
             for scale, histogram in zip(layer.SCALES, layer.histograms, strict=True):
                 getattr(layer, scale).copy_(histogram.scale(method, percentile=percentile))

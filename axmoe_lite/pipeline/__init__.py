@@ -76,6 +76,17 @@ class Frozen(nn.Module):
             values[key] = step.law(values)
         return fx.node.map_arg(self._output, lambda n: values[n])
 
+    def train(self, mode: bool = True) -> "Frozen":
+        """Nothing: it always evaluates, and the network that it was made from keeps its mode."""
+        return self
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Refused: the steps hold copies of the weights."""
+        raise RuntimeError(
+            "A frozen network cannot load weights. Load them into the one that it was made from, frozen.thaw(), and"
+            " freeze it again."
+        )
+
     def thaw(self) -> nn.Module:
         """The network this was made from."""
         return self.network
@@ -108,7 +119,7 @@ def freeze(network: nn.Module) -> Frozen:
         Frozen, to be called like the network.
 
     Raises:
-        ValueError: if no layer is approximate, or one is not calibrated.
+        ValueError: if no layer is approximate, one is not calibrated, or the network is frozen already.
 
     >>> from axmoe_lite import approximate
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -118,6 +129,8 @@ def freeze(network: nn.Module) -> Frozen:
     (Frozen(Sequential: 2 convolutions in the pipeline), True)
     """
     check_module(network)
+    if isinstance(network, Frozen):
+        raise ValueError("This network is frozen already; frozen.thaw() is the one that it was made from.")
     if not any(isinstance(module, Approximate) for module in network.modules()):
         raise ValueError(
             f"This {type(network).__name__} has no approximate layer, so there is nothing to freeze; call"

@@ -179,8 +179,7 @@ class Trial:
             refresh_norms(network, self.held)
         elif self.regime == "bias corrected" and assignment:
             some = self.held.subset(n_train=500).x_train.to(self.device)
-            with moe.no_idle_experts(network):
-                correct_bias(network, self.held.normalised(some))
+            correct_bias(network, self.held.normalised(some))
         return network
 
     def score(self, assignment: dict[str, str]) -> Score:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from axmoe_lite import cost, moe
+from axmoe_lite import cost
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable, approximate, assignment_of, default_layers
 from axmoe_lite.layers.correction import correct_bias
@@ -163,8 +163,7 @@ def _heal(
     """Bring a calibrated network into a regime, in place; what went wrong, if anything did."""
     if regime == "bias corrected":
         some = images.subset(n_train=500).x_train.to(device_of(network))
-        with moe.no_idle_experts(network):
-            correct_bias(network, images.normalised(some))
+        correct_bias(network, images.normalised(some))
     if regime == "norms refreshed":
         refresh_norms(network, images, augment=options.get("augment", "crop_flip"))
     if regime == "retrained":

@@ -87,8 +87,7 @@ def resilience(
     for name in tqdm(["float32", *names], desc="resilience", disable=not progress):
         found = None if name == "float32" else multiplier(name)
         if found is not None:
-            with moe.no_idle_experts(network):
-                approximate(network, found, calibration=calibration if len(rows) == 1 else None)
+            approximate(network, found, calibration=calibration if len(rows) == 1 else None)
         start = time.perf_counter()
         correct = int((predict(network, images, progress=False) == images.y_test.cpu()).sum())
         rows.append(

@@ -35,8 +35,7 @@ def calibrate(
         The same network.
     """
     seen = images.normalised(images.subset(n_train=n).x_train)
-    with moe.no_idle_experts(network):
-        return approximate(network, assignment, calibration=seen, **options)
+    return approximate(network, assignment, calibration=seen, **options)
 
 
 @torch.no_grad()
