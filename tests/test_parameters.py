@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from axmoe_lite import paths
+from axmoe_lite import paths, runs
 from axmoe_lite.runs.parameters import (
     Parameter,
     chapters,
@@ -390,3 +391,42 @@ def test_the_list_of_chapters_names_every_parameter_and_fits_its_width():
             for p in parameters(path).values():
                 braces = f"{{{p.allowed}}}" if p.allowed else ""
                 assert "".join(f"{words({p.name: p.default})[0]}{braces}{p.about}".split()) in squeezed
+
+
+# ----------------------------------------------------------------------------------- files
+
+
+def test_a_file_is_found_from_anywhere_and_another_run_once_it_has_changed(tmp_path, monkeypatch):
+    file, parameter = tmp_path / "net, mine.py", Parameter("model", "", "file")
+    file.write_text("a")
+    monkeypatch.chdir(tmp_path)
+    pinned = parameter.check("net, mine.py")
+    assert re.fullmatch(rf"{re.escape(str(file))}@digest=[0-9a-f]{{8}}", pinned) and parameter.check("") == ""
+    assert parameter.check(pinned) == pinned and runs.given_file(pinned) == file == runs.given_file(str(file))
+    assert runs.given_file("") is None
+    assert parse({"model": parameter}, ["model='net, mine.py'"]) == {"model": [pinned]}
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match=r"^model: there is no file 'net, mine.py' in /\.$"):
+        parameter.check("net, mine.py")
+    with pytest.raises(ValueError, match="there is no file"):
+        parameter.check(str(tmp_path))
+    file.write_text("b")
+    assert parameter.check(str(file)) != pinned
+    with pytest.raises(ValueError, match="has changed.*Name it without its digest"):
+        parameter.check(pinned)
+    with pytest.raises(ValueError, match="does not fit 3"):
+        Parameter("model", 3, "file")._check_notation()
+
+
+def test_a_changed_file_is_executed_anew(elsewhere, toy, tmp_path):
+    notebook = toy(
+        'model = ""  # {file} to read', "from axmoe_lite import runs\nprint(runs.given_file(model).read_text())"
+    )
+    file = tmp_path / "given.txt"
+    for text in ("one", "two"):
+        file.write_text(text)
+        (first,) = runs.sweep(notebook, {"model": [str(file)]}, progress=False)
+        (again,) = runs.sweep(notebook, {"model": [str(file)]}, progress=False)
+        assert first["state"] == again["state"] == "finished" and first["folder"] == again["folder"]
+        assert f'"{text}\\n"' in (first["folder"] / "notebook.ipynb").read_text()
+    assert len(list(runs.all_runs())) == 2

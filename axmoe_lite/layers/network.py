@@ -18,6 +18,7 @@ from axmoe_lite.layers.modules import KINDS, Approximate, Matmul
 from axmoe_lite.moe import no_idle_experts
 from axmoe_lite.multipliers import Mosaic, Multiplier, mosaic_name, multiplier
 
+OPTIONS = ("per_channel", "gradient")  # of a layer, beside its multiplier
 Choice = str | Multiplier | Mosaic | list  # a list has one name for each filter, or lists of one for each channel
 Assignment = Choice | dict[str, Choice]
 
@@ -199,6 +200,36 @@ def exact_of(layer: nn.Module) -> nn.Module:
         return layer
     layer.hand_over()
     return layer.exact
+
+
+def described(network: nn.Module) -> dict[str, dict]:
+    """Each approximate layer's multiplier and options, by name, as JSON can hold them; for :func:`as_described`."""
+    return {
+        name: {"multiplier": m.multiplier.name, "digest": m.multiplier.digest}
+        | {key: getattr(m, key) for key in OPTIONS}
+        for name, m in approximable(network).items()
+        if isinstance(m, Approximate)
+    }
+
+
+def as_described(network: nn.Module, told: dict[str, dict]) -> nn.Module:
+    """Give an exact network the layers of another's :func:`described`, in place, without their scales.
+
+    Raises:
+        ValueError: for a layer or multiplier that does not exist here, or another table under a multiplier's name.
+    """
+    chosen = _resolve(network, {name: said["multiplier"] for name, said in told.items()}, None)
+    for name, value in chosen.items():
+        if value.digest != told[name]["digest"]:
+            raise ValueError(
+                f"Layer {name!r} was saved with a {value.name!r} of digest {told[name]['digest']}; the one of that name"
+                f" here has {value.digest}, so it is another table."
+            )
+    before = approximable(network)
+    options = {name: {key: told[name][key] for key in OPTIONS} for name in chosen}
+    after = {name: KINDS[type(before[name])](before[name], chosen[name], **options[name]) for name in chosen}
+    _place(network, {name: before[name] for name in chosen}, after)
+    return network
 
 
 def assignment_of(network: nn.Module) -> dict[str, str]:

@@ -67,7 +67,7 @@ def build():
 MOST_BYTES = 2**24
 
 
-def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) -> nn.Module:
+def build_network(path: Path | str, *, weights: Path | str | None = None, seed: int = 0) -> nn.Module:
     """The network that a Python file's function ``build()`` returns, as it stands there: nothing is approximated.
 
     The file may import what lies beside it. While it runs, torch's random numbers begin at ``seed``, so that fresh
@@ -75,7 +75,7 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
 
     Args:
         path: the file. **It is executed**; name only one that you would run yourself.
-        weights: a file for :func:`~axmoe_lite.models.load_weights` whose tensors fit by name; ``""`` for none.
+        weights: a file for :func:`~axmoe_lite.models.load_weights` whose tensors fit by name; None or ``""`` for none.
 
     Raises:
         FileNotFoundError: if one of the two files is not there. Nothing has been executed then.
@@ -90,14 +90,14 @@ def build_network(path: Path | str, *, weights: Path | str = "", seed: int = 0) 
     """
     path = paths.expanded(path)
     _check_file(path, "a Python file with a function build() that returns the network", (".py",))
-    if str(weights):
+    if weights:
         weights = paths.expanded(weights)
         _check_file(weights, "the network's state dict", (".safetensors", ".pth", ".pt", ".bin"))
     code = _compiled(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _built(path, code)
-    if str(weights):
+    if weights:
         load_weights(network, weights)
     return network
 

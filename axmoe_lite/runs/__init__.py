@@ -3,6 +3,7 @@
     notebooks    the chapters, and any other notebook
     parameters   what a chapter can be given, and what it refuses
     words        the same on a command line
+    files        those that a chapter is given
     store        a run's folder, its name and its state
     execute      one run: a process of its own, watched (child.py is what runs there)
     sweep        many runs, here or on many machines
@@ -21,6 +22,7 @@ from axmoe_lite.runs.collect import Collected, collect
 from axmoe_lite.runs.compare import Comparison, compare, table
 from axmoe_lite.runs.evidence import EVIDENCE, SCALES, commit, device_name, evidence, read, record, recorded
 from axmoe_lite.runs.execute import Work, perform
+from axmoe_lite.runs.files import given_file
 from axmoe_lite.runs.ledger import ledger, write_ledger
 from axmoe_lite.runs.notebooks import chapters, find
 from axmoe_lite.runs.parameters import Parameter, check, check_parameters, grid, listing, parameters, parse
@@ -49,6 +51,7 @@ __all__ = [
     "device_name",
     "evidence",
     "find",
+    "given_file",
     "grid",
     "interleaved",
     "ledger",

@@ -7,8 +7,8 @@ A parameter is a line of the cell tagged ``parameters``, and its comment says wh
     circuits = ["mul8s_1KVA", "mul8s_1L2L"]  # {multiplier} to retrain under
     layer = "layer2.0.conv2"  # the layer to look at
 
-Braces hold choices, a range with both ends included or without an upper one, or the word ``multiplier``; of a list they
-hold for each entry. The type is always that of the default.
+Braces hold choices, a range with both ends included or without an upper one, or one of the words ``multiplier`` and
+``file``; of a list they hold for each entry. The type is always that of the default.
 
 Chapter: 10, "Can a hundred runs be trusted?"
 """
@@ -30,10 +30,15 @@ from pathlib import Path
 import numpy as np
 
 from axmoe_lite.multipliers import multiplier, pinned
+from axmoe_lite.runs.files import pinned_file
 from axmoe_lite.runs.notebooks import chapters, find, load, no_book
 from axmoe_lite.runs.words import MOST, Value, entries, split, typed, unquoted, word, words
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+WORDS = {
+    "multiplier": "the name of a multiplier such as 'mul8s_1L2J' or 'drum(4)'",
+    "file": "the path of a file, or nothing",
+}
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})?")
 
@@ -72,7 +77,7 @@ class Parameter:
     def check(self, value: Value) -> Value:
         """The value in the parameter's own type, if it can be that.
 
-        A multiplier from a file (``file:mine.npy``) gets its whole path and its table's digest, so that a run in
+        A file, and a multiplier from one (``file:mine.npy``), gets its whole path and a digest, so that a run in
         another folder finds it, and a changed file is another run.
 
         Raises:
@@ -100,9 +105,11 @@ class Parameter:
             raise ValueError(f"{self.name} is {given!r}; it needs {needed}{limits and ', '}{limits}.")
         if type(value) is int and not -(2**63) <= value < 2**63:  # which torch's generators, for one, do not take
             raise ValueError(f"{self.name} is a number of {value.bit_length()} bits; 63 at most are taken.")
-        if self.allowed == "multiplier":
+        if self.allowed in WORDS:
             try:
-                multiplier(value := pinned(value))
+                value = pinned_file(value) if self.allowed == "file" else pinned(value)
+                if self.allowed == "multiplier":
+                    multiplier(value)
             except ValueError as unknown:
                 raise ValueError(f"{self.name}: {unknown}") from None
         elif span := _RANGE.fullmatch(self.allowed):
@@ -121,8 +128,8 @@ class Parameter:
         """What the braces say, in words."""
         if not self.allowed:
             return ""
-        if self.allowed == "multiplier":
-            return "the name of a multiplier such as 'mul8s_1L2J' or 'drum(4)'"
+        if self.allowed in WORDS:
+            return WORDS[self.allowed]
         if span := _RANGE.fullmatch(self.allowed):
             return f"within {self.allowed}" if span[2] else f"{span[1]} or more"
         *others, last = map(repr, self._choices())
@@ -133,7 +140,7 @@ class Parameter:
         entries = self.default if isinstance(self.default, list) else [self.default]
         if not all(type(entry) in KINDS for entry in entries):
             raise ValueError(f"{self.name} is {self.default!r}; a default is a number, text, True, False or a list.")
-        if self.allowed == "multiplier":
+        if self.allowed in WORDS:
             fits = self.kind in (str, None)
         elif _RANGE.fullmatch(self.allowed):
             fits = self.kind in (int, float)
@@ -142,7 +149,7 @@ class Parameter:
         if not fits:
             raise ValueError(
                 f"{self.name}: {{{self.allowed}}} does not fit {self.default!r}; braces hold choices {{a, b}} of the"
-                " default's type, a range {0..9} or {0..} of numbers, or the word {multiplier}."
+                " default's type, a range {0..9} or {0..} of numbers, or the word {multiplier} or {file}."
             )
         self.check(self.default)
 
@@ -401,7 +408,8 @@ def listing(*, width: int = 110) -> str:
     if not chapters():
         raise ValueError(f"{no_book()} Work in a checkout of the repository.")
     blocks = [_block(path, width) for path in chapters()]
-    return "\n\n".join([*blocks, "{multiplier}: any name axmoe_lite.multiplier() knows: drum(4), file:mine.npy"])
+    blocks += ["{multiplier}: any name axmoe_lite.multiplier() knows: drum(4), file:mine.npy\n{file}: a path, or empty"]
+    return "\n\n".join(blocks)
 
 
 def _block(path: Path, width: int) -> str:

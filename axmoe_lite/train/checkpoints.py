@@ -19,26 +19,59 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from axmoe_lite import paths
+from axmoe_lite.layers import assignment_of, restore
+from axmoe_lite.layers.network import as_described, described
 
 SHORT = {"momentum_buffer": "momentum"}  # what an optimiser's state is called in a file
 KNOWN = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def save(model: nn.Module, path: Path | str, *, recipe: dict) -> None:
-    """Write weights and buffers as safetensors, with ``recipe`` (how they were made) in the file's header."""
-    _write(Path(path), dict(model.state_dict()), {"recipe": json.dumps(recipe)})
+    """Write weights and buffers as safetensors, with ``recipe`` (how they were made) in the file's header.
+
+    Of an approximate network the scales are among the buffers, and the header says which layer has which multiplier.
+    """
+    header = {"recipe": recipe, "approximate": described(model)}
+    _write(Path(path), dict(model.state_dict()), {key: json.dumps(value) for key, value in header.items()})
 
 
 def load(model: nn.Module, path: Path | str) -> dict:
     """Load weights written by :func:`save` into ``model`` and return their recipe.
 
+    An exact model becomes approximate if the one that was saved was: its multipliers and scales are in the file. A
+    model that is approximate already keeps its own multipliers.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or its tensors do not fit the model (both lists are named).
+        ValueError: not a safetensors file, its tensors do not fit the model (both lists are named), or a multiplier of
+            it is not known here. The model is then as it was.
+
+    >>> import tempfile
+    >>> from axmoe_lite import approximate, models
+    >>> x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> network = approximate(models.resnet8(classes=10).eval(), "mul8s_1L2J", calibration=x)
+    >>> again = models.resnet8(classes=10).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(network, f"{folder}/mine.safetensors", recipe={"by": "me"})
+    ...     load(again, f"{folder}/mine.safetensors")
+    {'by': 'me'}
+    >>> torch.equal(again(x), network(x))
+    True
     """
-    tensors, metadata = _read(Path(path))
-    recipe = _told(Path(path), metadata, "recipe", dict)
-    _load_exactly(model, tensors, Path(path))
+    path = Path(path)
+    tensors, metadata = _read(path)
+    recipe, told = _told(path, metadata, "recipe", dict), _told(path, metadata, "approximate", dict)
+    placing = bool(told) and not assignment_of(model)
+    try:
+        if placing:
+            as_described(model, told)
+        _load_exactly(model, tensors, path)
+    except (KeyError, TypeError, ValueError) as reason:
+        if placing:
+            restore(model)
+        if isinstance(reason, ValueError):
+            raise
+        raise ValueError(f"{path} has no readable 'approximate' in its header; delete it, train again.") from reason
     return recipe
 
 
@@ -51,7 +84,7 @@ def _load_exactly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         raise ValueError(
             f"{path} does not fit this {type(model).__name__}: {len(wrong)} tensors differ, such as {name!r}, which is"
             f" {theirs.get(name, 'absent')} in the file and {own.get(name, 'absent')} in the model. Build the model"
-            " with the number of classes and the shortcut of the recipe."
+            " with the number of classes, the shortcut and the multipliers that the saved one had."
         )
     model.load_state_dict(tensors)
 
@@ -89,7 +122,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     # Convolution weights may be channels_last in memory; the file holds them in their logical order.
-    logical = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    logical: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        shared = value.numel() and any(value.data_ptr() == other.data_ptr() for other in logical.values())
+        logical[name] = value.clone() if shared else value  # tied weights are written under each of their names
     try:
         save_file(logical, partial, metadata)
         os.replace(partial, path)
