@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axmoe_lite import book, doctor, paths, runs
+from axmoe_lite import __version__, book, doctor, paths, runs
 from axmoe_lite.__main__ import main
 from axmoe_lite.book.status import launchable, repository
 from axmoe_lite.kernels import lookup
@@ -24,7 +24,7 @@ LONG = "a" * 5000
 
 LINES = """
 nonsense
---version
+--versions
 list x
 list --x
 run
@@ -372,3 +372,8 @@ def test_numbers_of_threads_that_cannot_be_change_no_product(wrong):
     variables = {f"{name}_NUM_THREADS": value for name, value in wrong.items()} | {"AXMOE_INT8": "x"}
     done = subprocess.run([sys.executable, "-c", PRODUCTS], env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_says_which_version_it_is(capsys):
+    assert status(["--version"]) == 0
+    assert capsys.readouterr().out == f"axmoe_lite {__version__}\n"

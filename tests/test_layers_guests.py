@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from axmoe_lite import approximate, freeze, layers, moe, restore
+from axmoe_lite import approximate, freeze, layers, moe, restore, train
 from axmoe_lite.layers.correction import correct_bias, layer_errors
 
 L2L = "mul8s_1L2L"
@@ -189,3 +189,32 @@ def test_a_frozen_network_neither_trains_nor_loads(net, x):
         assert network is frozen and not net.training and torch.equal(frozen(x), y)
     with pytest.raises(ValueError, match="frozen already"):
         freeze(frozen)
+
+
+# ----------------------------------------------------------------------------------- calls and words
+
+
+def test_a_layer_may_be_called_by_keyword(x):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.linear(input=self.conv(input=x).mean((2, 3)))
+
+    net = Net().eval()
+    y = net(x)
+    approximate(net, dict.fromkeys(("conv", "linear"), "mul8s_1KV6"), calibration=x)
+    assert (net(x) - y).abs().max() < 0.05
+
+
+def test_a_bare_layer_and_a_loader_of_pairs_are_answered_in_words(net, x):
+    with pytest.raises(ValueError, match=r"Conv2d is a layer and no network.*nn\.Sequential\(layer\)"):
+        approximate(nn.Conv2d(3, 4, 3), L2L, calibration=x)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(6)), batch_size=3)
+    with pytest.raises(ValueError, match=r"met list;.*\(x for x, _ in loader\)"):
+        approximate(net, L2L, calibration=loader)
+    approximate(net, L2L, calibration=(x for x, _ in loader))
+    with pytest.raises(ValueError, match="images are a DataLoader; an Images set is needed"):
+        train.evaluate(net, loader)

@@ -155,7 +155,8 @@ class ApproxConv2d(_Weighted):
         }
         return ConvProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which some networks call it
+        x = input
         if self.histograms is not None:
             return self._observe(x)
         if self.image_padding is not None:
@@ -179,7 +180,8 @@ class ApproxLinear(_Weighted):
     def _make(self, codes: Tensor, scale_w: Tensor, bias: Tensor | None) -> LinearProduct:
         return LinearProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self.histograms is not None:
             return self._observe(x)
         y = gradients.Linear.apply(x[None] if x.ndim == 1 else x, self.weight, self.bias, self)

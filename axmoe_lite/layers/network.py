@@ -251,6 +251,11 @@ def chosen_multiplier(choice: Choice) -> Multiplier | Mosaic:
 
 def _resolve(network: nn.Module, assignment: Assignment, gradient: str | None) -> dict[str, Multiplier | Mosaic]:
     known = approximable(network)
+    if "" in known:
+        raise ValueError(
+            f"This {type(network).__name__} is a layer and no network, so nothing holds its place. Put it into one:"
+            " nn.Sequential(layer)."
+        )
     if not isinstance(assignment, dict):
         names = default_layers(network)
         if not names:
@@ -379,8 +384,9 @@ def _calibrate(
             for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
                 if not isinstance(batch, Tensor) or batch.dtype == torch.uint8:
                     kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+                    pair = ", or of pairs the first: (x for x, _ in loader)" if isinstance(batch, list | tuple) else ""
                     raise ValueError(
-                        f"Calibration met {kind}; give what the network takes, such as images.normalised(x)."
+                        f"Calibration met {kind}; give what the network takes, such as images.normalised(x){pair}."
                     )
                 try:
                     network(batch.to(device))

@@ -45,6 +45,7 @@ def find(chapter: str | Path) -> Path:
         raise ValueError(f"{problem} {no_book()} Give the path of a notebook, or work in a checkout of the repository.")
     short = {name: path.stem for path in there for name in (path.stem, path.stem.partition("_")[2])}
     near = difflib.get_close_matches(Path(asked).stem, short, n=1, cutoff=0.5)
+    near = [] if Path(asked).suffix == ".ipynb" and Path(asked).stem not in near else near  # a file that is not here
     meant = f" Did you mean {short[near[0]]!r}?" if near else ""
     raise ValueError(f"{problem}{meant} There are {', '.join(path.stem for path in there)}; or give a notebook's path.")
 

@@ -19,6 +19,11 @@ from axmoe_lite.multipliers import EXACT, errors, multiplier
 @torch.inference_mode()
 def check_fits(model: nn.Module, images: Images) -> None:
     """One image through the model, so that a mismatch is a clear error before any work."""
+    if not isinstance(images, Images):
+        raise ValueError(
+            f"The images are a {type(images).__name__}; an Images set is needed, as datasets.load() and"
+            " datasets.read_npz() give it, or datasets.Images made of your tensors."
+        )
     device = next(model.parameters()).device
     shape, classes = list(images.x_test.shape[1:]), len(images.classes)
     try:

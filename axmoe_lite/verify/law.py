@@ -181,7 +181,7 @@ def against_the_law(
     True
     """
     if n < 1:
-        raise ValueError(f"n is {n}; at least one case is to be drawn.")
+        raise ValueError(f"The number of cases is {n}; at least one is to be drawn.")
     names = (*EVOAPPROX, *OTHERS) if multipliers is None else tuple(multipliers)
     tables = {name: multiplier(name) for name in names}
     if not tables:
