@@ -82,7 +82,8 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
     approximate or not; a padded position counts like any other.
 
     Args:
-        network: any module; mixtures inside it are routed as these inputs make them.
+        network: any module; mixtures inside it are routed as these inputs make them. Of a frozen network the one that
+            it was made from is counted: the same products.
         inputs: [N, ...] as the network expects them. One will do for a network without mixtures.
         attention: whether products of two activations count. Most published figures leave them out.
 
@@ -101,6 +102,7 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
         )
     if not len(inputs):
         raise ValueError("count() was given no inputs; the mean over them needs at least one.")
+    network = network.thaw() if hasattr(network, "thaw") else network
     layers = {
         name: module
         for name, module in network.named_modules()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from axmoe_lite import approximate, freeze, layers, moe, restore, train
+from axmoe_lite import approximate, cost, freeze, layers, moe, restore, train
 from axmoe_lite.layers.correction import correct_bias, layer_errors
 
 L2L = "mul8s_1L2L"
@@ -189,6 +189,7 @@ def test_a_frozen_network_neither_trains_nor_loads(net, x):
         assert network is frozen and not net.training and torch.equal(frozen(x), y)
     with pytest.raises(ValueError, match="frozen already"):
         freeze(frozen)
+    assert cost.count(frozen, x) == cost.count(net, x) and cost.count(frozen, x).executed > 0
 
 
 # ----------------------------------------------------------------------------------- calls and words
