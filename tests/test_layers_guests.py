@@ -170,6 +170,21 @@ def test_a_trace_is_refused_and_does_not_crash(net, x, frozen):
         torch.jit.trace(network, x)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch looks at its own graph
+def test_torch_compile_goes_around_our_layers(net, x):
+    approximate(net, L2L, calibration=x)
+    compiled = torch.compile(net, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), net(x))
+    compiled.train()(x).square().sum().backward()
+    found = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net(x).square().sum().backward()
+    for one, other in zip(found, (p.grad for p in net.parameters()), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.compiler.reset()
+
+
 def test_a_tensor_without_memory_is_refused_and_does_not_crash(x):
     net = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2)).eval()
     approximate(net, L2L, calibration=torch.randn(4, 32))

@@ -54,6 +54,13 @@ class Approximate(nn.Module):
                 " checkpoint of a calibrated network."
             )
 
+    def _called(self, *inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            from axmoe_lite.layers.uncompiled import compute
+
+            return compute[type(self)](self, *inputs)
+        return self._observe(*inputs) if self.histograms is not None else self.compute(*inputs)
+
     def _observe(self, *inputs: Tensor) -> Tensor:
         for histogram, x in zip(self.histograms, inputs, strict=True):
             histogram.update(x)
@@ -156,9 +163,9 @@ class ApproxConv2d(_Weighted):
         return ConvProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias, **options)
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which some networks call it
-        x = input
-        if self.histograms is not None:
-            return self._observe(x)
+        return self._called(input)
+
+    def compute(self, x: Tensor) -> Tensor:
         if self.image_padding is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, self.image_padding, mode=mode)
@@ -181,9 +188,9 @@ class ApproxLinear(_Weighted):
         return LinearProduct(codes, self.multiplier, scale_w=scale_w, scale_x=self.scale_x, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.histograms is not None:
-            return self._observe(x)
+        return self._called(input)
+
+    def compute(self, x: Tensor) -> Tensor:
         y = gradients.Linear.apply(x[None] if x.ndim == 1 else x, self.weight, self.bias, self)
         return y[0] if x.ndim == 1 else y
 
@@ -210,8 +217,9 @@ class ApproxMatmul(Approximate):
         super().__init__(exact, multiplier, per_channel, gradient)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.histograms is not None:
-            return self._observe(a, b)
+        return self._called(a, b)
+
+    def compute(self, a: Tensor, b: Tensor) -> Tensor:
         self._check_calibrated()
         return gradients.Activations.apply(a, b, self)
 
