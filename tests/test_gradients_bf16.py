@@ -31,8 +31,8 @@ def both_precisions(layer, inputs, grad, leaves):
     return found
 
 
-def assert_mixed(plain, rounded):
-    assert plain[0].dtype == torch.float32 and torch.equal(rounded[0], plain[0].bfloat16())  # rounded once, at the end
+def assert_mixed(plain, rounded, kind=torch.float32):
+    assert plain[0].dtype == kind and torch.equal(rounded[0], plain[0].bfloat16())  # rounded once, at the end
     for exact, ours in zip(plain[1:], rounded[1:], strict=True):
         assert not torch.equal(ours, exact) or exact.numel() < 30 or not exact.any(), "nothing was rounded"
         assert_close(ours, exact, ROUNDED)
@@ -83,7 +83,7 @@ def test_products_of_activations_in_mixed_precision(batch, turned, kind):
     a = random(*batch, 4, 115).to(kind).requires_grad_()
     b = (random(*batch, 2, 115, seed=1).mT if turned else random(*batch, 115, 2, seed=1)).to(kind).requires_grad_()
     plain, rounded = both_precisions(layer, [a, b], random(*batch, 4, 2, seed=2), [a, b])
-    assert_mixed(plain, rounded)
+    assert_mixed(plain, rounded, kind)
     assert rounded[1].dtype == rounded[2].dtype == kind
 
 

@@ -86,7 +86,7 @@ def test_convolutional_layers(
     scale = scale_by_law(exact.weight, per_channel)
     operands = codes_by_law(padded, 0.37), weight_codes_by_law(exact.weight, scale)
     sums = reference.conv2d(*operands, m.table, **options | {"padding": (0, 0)})
-    law = scaled_by_law(sums, 0.37, scale, exact.bias.detach().float() if biased else None, axis=1)
+    law = scaled_by_law(sums, 0.37, scale, exact.bias.detach().float() if biased else None, axis=1).to(of_weight)
     with machine(*on), torch.no_grad():
         assert equal(layer(x), law)
         assert equal(layer(x), law), "a second call finds what the first has kept"
@@ -113,7 +113,7 @@ def test_linear_layers(m, batch, sides, seed, layout, dtype, of_weight, biased, 
     sums = reference.matmul(rows, weight.T, m.table).view(*batch, sides[1])
     bias = exact.bias.detach().float() if biased else None
     with machine(*on), torch.no_grad():
-        assert equal(layer(x), scaled_by_law(sums, 0.37, scale, bias, axis=-1))
+        assert equal(layer(x), scaled_by_law(sums, 0.37, scale, bias, axis=-1).to(of_weight))
 
 
 @pytest.mark.trust("law", "products of two activations, in each float type and layout")
@@ -133,8 +133,9 @@ def test_products_of_activations(m, batch, sides, seed, layout, dtype, on):
     for one, other, into in zip(*(t.flatten(0, -3) if batch else t[None] for t in (x, y, sums)), strict=True):
         into.copy_(reference.matmul(one, other, m.table))
     layer = layer_of(layers.Matmul(), m, [1.0, 0.37])
+    law = (sums.float() * (torch.tensor(1.0) * torch.tensor(0.37))).to(torch.promote_types(*dtype))
     with machine(*on), torch.no_grad():
-        assert equal(layer(a, b), sums.float() * (torch.tensor(1.0) * torch.tensor(0.37)))
+        assert equal(layer(a, b), law)
 
 
 # ------------------------------------------------------------------------------------- frozen networks

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from axmoe_lite.kernels import matmul
 from axmoe_lite.layers.modules import ApproxConv2d, Approximate, ApproxLinear
-from axmoe_lite.layers.network import approximable, evaluating
-from axmoe_lite.moe import no_idle_experts
+from axmoe_lite.layers.network import approximable, evaluating, nobody_idle
 from axmoe_lite.multipliers import EXACT, Multiplier, error_table, exact_table, multiplier
 
 Q = 256
@@ -195,7 +194,7 @@ def _measure(
         for name, layer in layers.items()
     ]
     try:
-        with evaluating(network), no_idle_experts(network):
+        with evaluating(network), nobody_idle(network):
             network(images)
     finally:
         for handle in handles:

@@ -221,7 +221,9 @@ class Activations(torch.autograd.Function):
         sums = factored.float_sums(*codes, layer.multiplier)  # spares two passes over what may be a large result
         sums = kernels.matmul(*codes, layer.multiplier).float() if sums is None else sums
         mixed = torch.is_autocast_enabled(a.device.type)
-        return sums.mul_(layer.scale_a * layer.scale_b).to(ctx.dtype if mixed else a.dtype)
+        return sums.mul_(layer.scale_a * layer.scale_b).to(
+            ctx.dtype if mixed else torch.promote_types(a.dtype, b.dtype)
+        )
 
     @staticmethod
     @once_differentiable

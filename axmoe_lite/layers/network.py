@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from axmoe_lite import quant
 from axmoe_lite.layers.gradients import check_gradient
 from axmoe_lite.layers.modules import KINDS, Approximate, Matmul
-from axmoe_lite.moe import no_idle_experts
 from axmoe_lite.multipliers import Mosaic, Multiplier, mosaic_name, multiplier
 
 OPTIONS = ("per_channel", "gradient")  # of a layer, beside its multiplier
@@ -167,7 +166,8 @@ def approximate(
     before = approximable(network)
     after: dict[str, nn.Module] = {}
     for name, layer in before.items():
-        after[name] = exact = exact_of(layer)
+        exact = exact_of(layer)
+        after[name] = exact
         if name in chosen:
             options = {key: getattr(layer, key, None) if value is None else value for key, value in asked.items()}
             options = {key: value for key, value in options.items() if value is not None}
@@ -358,6 +358,22 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def nobody_idle(network: nn.Module) -> Iterator[None]:
+    """While it lasts, an expert to which no item of a batch goes sees the whole batch.
+
+    A module that has experts is known here by its attribute ``also`` alone, see :class:`axmoe_lite.moe.Mixture`.
+    """
+    before = {module: module.also for module in network.modules() if hasattr(module, "also")}
+    for module in before:
+        module.also = "idle"
+    try:
+        yield
+    finally:
+        for module, also in before.items():
+            module.also = also
+
+
 @torch.no_grad()
 def _calibrate(
     network: nn.Module,
@@ -380,7 +396,7 @@ def _calibrate(
     for name, layer in watched.items():
         layer.histograms = [quant.Histogram(name) for _ in layer.SCALES]
     try:
-        with evaluating(network), no_idle_experts(network):
+        with evaluating(network), nobody_idle(network):
             for batch in batches.split(250) if isinstance(batches, Tensor) else batches:
                 if not isinstance(batch, Tensor) or batch.dtype == torch.uint8:
                     kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
