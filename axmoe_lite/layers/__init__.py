@@ -10,7 +10,8 @@ channel c):
 
     y = float32(accumulator) * s[c] + bias[c],    s[c] = s_x * s_w[c]                            (1)
 
-Weights stay floats that can be trained: what is computed from them is kept until they change.
+Weights stay floats that can be trained: what is computed from them is kept until they change. A network in another
+type than float32 goes on in its own: y is rounded to it at the end.
 
 Chapter: 04, "What happens inside one layer?"
 """
