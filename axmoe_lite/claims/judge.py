@@ -91,7 +91,7 @@ def _resilience(cells: Cells, network: str, goal: Goal) -> list[Part]:
     """Every other topology against Dense: by how much more its accuracy drops on the mean of the multipliers."""
     used = [name for name in APPROXIMATE if not _is_at_floor(cells, network, name)]
     at_floor = ", ".join(short(name) for name in APPROXIMATE if name not in used)
-    left_out = f"; left out, a topology is below {FLOOR} x chance there and has no more to lose: {at_floor}"
+    left_out = f"left out, a topology is below {FLOOR} x chance there and has no more to lose: {at_floor}"
     parts = []
     for other in TOPOLOGIES[1:]:
         terms: dict[Term, float] = {}
@@ -108,7 +108,7 @@ def _resilience(cells: Cells, network: str, goal: Goal) -> list[Part]:
                 found=found,
                 goal=goal,
                 says=lambda e, other=other: f"{other} loses {abs(e):.1f} points {_more(e)} than dense",
-                measured=drops + (left_out if at_floor else ""),
+                measured="; ".join(text for text in (drops, left_out if at_floor else "") if text),
                 problem=""
                 if used
                 else "a topology is near chance under every multiplier, so nothing is left to compare",
