@@ -9,7 +9,7 @@ from axmoe_lite import claims, plots, runs
 ORIGIN = {**runs.evidence(8, scale="paper", seed=0, epochs=1), "seconds": 1}
 
 
-def line(claim, part, verdict, effect=None, low=None, high=None):
+def line(claim, part, verdict, effect=None, low=None, high=None, goal=""):
     told = {
         "statement": f"{claim} says",
         "measured": "so much",
@@ -24,6 +24,7 @@ def line(claim, part, verdict, effect=None, low=None, high=None):
         "effect": effect,
         "low": low,
         "high": high,
+        "goal": goal,
         **told,
         **ORIGIN,
     }
@@ -31,11 +32,14 @@ def line(claim, part, verdict, effect=None, low=None, high=None):
 
 LINES = [
     line("C1", claims.WHOLE, "not reproduced"),
-    line("C1", "a - b", "reproduced", 2.0, 1.0, 3.0),
-    line("C1", "c - b", "not reproduced", -2.0, -3.0, -1.0),
+    line("C1", "a - b", "reproduced", 2.0, 1.0, 3.0, "above 0"),
+    line("C1", "c - b", "not reproduced", -2.0, -3.0, -1.0, "above 0"),
     line("C1", "d - b", "not testable here"),
     line("C3", claims.WHOLE, "reproduced"),
-    line("C3", "e - f", "reproduced", 0.5, 0.1, 0.9),
+    line("C3", "e - f", "reproduced", 0.5, 0.1, 0.9, "within ±2"),
+    line("C3", "g - f", "not reproduced", 3.5, 3.1, 3.9, "below -1"),
+    line("N1", claims.WHOLE, "reproduced"),
+    line("N1", "accuracy", "reproduced", 0.5, 0.1, 0.9),
 ]
 
 
@@ -54,12 +58,31 @@ def test_effects_are_drawn_where_there_are_any(as_read):
     chart = plots.effects(as_read(LINES))
     drawn = data_of(chart, "effect")
     assert [(row["part"], row["low"], row["effect"], row["high"]) for row in drawn] == [
-        ("a - b", 1, 2, 3), ("c - b", -3, -2, -1), ("e - f", 0.1, 0.5, 0.9)
+        ("a - b", 1, 2, 3), ("c - b", -3, -2, -1), ("e - f", 0.1, 0.5, 0.9), ("g - f", 3.1, 3.5, 3.9),
+        ("accuracy", 0.1, 0.5, 0.9),
     ]  # fmt: skip
+    told = {row["claim"]: row["told"] for row in data_of(chart, "told")}
+    assert "2 of 3 comparisons could be made" in told["C1"] and "pale band" in told["C1"]
+    assert "points lost more than by Dense" in told["C1"] and "number in print" in told["N1"]
     text = chart.to_json()
-    assert "C1: 2 of 3 comparisons could be made" in text.replace("\\", "") and '"C1", "C3"' in " ".join(text.split())
+    assert "C1: C1 says" in text and '"C1", "C3", "N1"' in " ".join(text.split())
     tips = {tip["field"] for layer in json.loads(text)["layer"] for tip in layer["encoding"].get("tooltip", [])}
     assert {"reason", "test", "seeds", "commit", "date", "device"} <= tips
+
+
+def test_a_band_reaches_from_where_a_comparison_holds():
+    drawn = {row["part"]: (row["from"], row["to"]) for row in data_of(plots.effects(LINES), "effect")}
+    assert drawn == {
+        "a - b": (0, 3), "c - b": (0, 3), "e - f": (-2, 2), "g - f": (-2, -1), "accuracy": (None, None)
+    }  # fmt: skip
+
+
+def test_one_claim_is_drawn_without_a_menu():
+    chart = plots.effects(LINES, "C3")
+    assert {row["claim"] for row in data_of(chart, "effect")} == {"C3"}
+    assert "input" not in chart.to_json()
+    with pytest.raises(ValueError, match=r"no line of claim 'C9'; claims.CLAIMS"):
+        plots.effects(LINES, "C9")
 
 
 def test_effects_need_evidence_and_an_effect():
@@ -73,7 +96,8 @@ def test_verdicts_count_comparisons_not_claims():
     counted = {
         (row["claim"], row["verdict"]): row["comparisons"] for row in data_of(plots.verdicts(LINES), "comparisons")
     }
-    wanted = {("C1", verdict): 1 for verdict in claims.VERDICTS} | {("C3", "reproduced"): 1}
+    wanted = {("C1", verdict): 1 for verdict in claims.VERDICTS} | {("N1", "reproduced"): 1}
+    wanted |= {("C3", verdict): 1 for verdict in claims.VERDICTS[:2]}
     assert counted == wanted
 
 

@@ -16,8 +16,8 @@ REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = VERDICTS = ("reproduced", "not reprod
 LEVEL = 0.05  # not from the paper
 SAME_COST = 0.01  # relative difference of two P_norm, not from the paper
 COLUMNS = (
-    "claim", "part", "statement", "source", "network", "comparison", "measured", "effect", "low", "high", "p", "test",
-    "seeds", "n_test", "verdict", "reason",
+    "claim", "part", "statement", "source", "network", "comparison", "measured", "effect", "low", "high", "goal", "p",
+    "test", "seeds", "n_test", "verdict", "reason",
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def sentence(text: str) -> str:
 
 def _part_line(part: Part, p_holm: float | None, among: int) -> dict:
     found = part.found.interval
-    line = {"part": part.name, "network": part.network, "comparison": part.comparison}
+    line = {"part": part.name, "network": part.network, "comparison": part.comparison, "goal": str(part.goal)}
     line["measured"] = "; ".join(text for text in (part.measured, *part.found.notes) if text)
     if found is None:
         return line | {"verdict": NOT_TESTABLE, "reason": sentence(part.found.problem or part.problem)}
@@ -190,7 +190,7 @@ def _summary(parts: list[Part], below: list[dict], p_holm: dict[str, float], mea
     verdict = next(v for v in (NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED) if groups[v])
     part, line = _deciding(groups[verdict], verdict)
     whole = {"part": "", "network": ", ".join(dict.fromkeys(part.network for part, _ in counted)), "verdict": verdict}
-    whole |= {column: line.get(column) for column in ("comparison", "effect", "low", "high", "p", "test")}
+    whole |= {column: line.get(column) for column in ("comparison", "effect", "low", "high", "goal", "p", "test")}
     if verdict == REPRODUCED:
         whole["p"] = max(other["p"] for _, other in counted)  # that all hold is as sure as the least sure of them
     if verdict == NOT_REPRODUCED:
