@@ -76,6 +76,11 @@ class Factors:
         """Whether all factors are bytes, -128..127."""
         return all(int(f.min()) >= -128 and int(f.max()) <= 127 for side in (self.u, self.v) for f in side)
 
+    @cached_property
+    def unsigned(self) -> bool:
+        """Whether activations that are not negative have factors that are not: masks do, others need not."""
+        return self.masks is not None or int(self.u.reshape(self.rank, -1, Q)[..., 128:].min()) >= 0
+
     def __repr__(self) -> str:
         if self.masks is None:
             return f"Factors(rank {self.rank})"

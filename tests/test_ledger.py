@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shlex
 
 import pytest
 import torch
 
 from axmoe_lite import paths, runs
+from axmoe_lite.__main__ import main
 from axmoe_lite.runs.ledger import BEGIN, END, is_kept, ledger, write_ledger
 from axmoe_lite.runs.notes import studies
 from axmoe_lite.train import save
@@ -30,6 +32,16 @@ def test_the_committed_ledger_is_what_the_files_say():
     assert text.split(BEGIN)[1].split(END)[0].strip() == ledger(), (
         "renew it: python -c 'from axmoe_lite import runs; runs.write_ledger()'"
     )
+
+
+def test_the_ledger_s_examples_compare_what_is_there(capsys):
+    lines = (paths.CHECKOUT / "data" / "README.md").read_text().splitlines()
+    asked = [shlex.split(line) for line in lines if line.startswith("    axmoe compare")]
+    there = [words[1:] for words in asked if not words[2].endswith(".parquet")]
+    assert len(there) == 2
+    for words in there:
+        assert main(words) == 0
+        assert "pairs by" in capsys.readouterr().out
 
 
 def test_every_committed_study_has_a_key_that_names_its_rows_and_words():

@@ -15,6 +15,7 @@ import functools
 import importlib
 import math
 import threading
+import weakref
 from types import ModuleType
 
 import numpy as np
@@ -87,7 +88,7 @@ def encode_unsigned(values: Tensor, factors: Factors, *, inverse_scale: float, g
         uint8 [..., groups R C / groups], and 0 or 128.
     """
     out = scratch((*values.shape[:-1], values.shape[-1] * factors.rank), torch.uint8)
-    if not unsigned(factors):
+    if not factors.unsigned:
         return encode(values, factors, inverse_scale=inverse_scale, offset=128, groups=groups, out=out), 128
     if _compiled() is None or out.numel() == 0:
         # "Not at least" rather than "below": NaN must not hide negative values.
@@ -252,18 +253,21 @@ def _by_torch(
     return merged.view(torch.uint8) ^ offset if offset else merged.view(torch.int8)
 
 
-@functools.lru_cache(maxsize=256)
-def unsigned(factors: Factors) -> bool:
-    """Whether codes that are not negative have first factors that are not: masks do, others need not."""
-    return factors.masks is not None or int(factors.u.reshape(factors.rank, -1, Q)[..., 128:].min()) >= 0
+_known: "weakref.WeakKeyDictionary[Factors, dict[str, tuple]]" = weakref.WeakKeyDictionary()  # gone with the factors
 
 
-@functools.lru_cache(maxsize=256)
 def _instructions(factors: Factors, side: str) -> tuple[int | np.ndarray, ...]:
     """What the compiled pass reads: R masks as bytes, or R rows of 256 bytes, indexed by the byte of the code.
 
     By channels there are M such rows side by side, and the place in them where each channel's begins.
     """
+    known = _known.setdefault(factors, {})
+    if side not in known:
+        known[side] = _made(factors, side)
+    return known[side]
+
+
+def _made(factors: Factors, side: str) -> tuple[int | np.ndarray, ...]:
     if factors.masks is not None:
         return factors.rank, np.array([pair[side == "v"] for pair in factors.masks], np.uint8), *_NO_ROWS
     table = getattr(factors, side).to(torch.int8).numpy().view(np.uint8)

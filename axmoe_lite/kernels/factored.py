@@ -21,7 +21,7 @@ from torch import Tensor
 
 from axmoe_lite.factors import Arithmetic, Factors, compact, exact_arithmetic, factorise, masked
 from axmoe_lite.kernels import cuda, int8
-from axmoe_lite.kernels.encode import encode, unsigned
+from axmoe_lite.kernels.encode import encode
 from axmoe_lite.multipliers import Mosaic, Multiplier
 from axmoe_lite.multipliers.table import Q
 
@@ -167,7 +167,7 @@ def shifted(sums: Tensor, factors: Factors) -> Tensor:
 def _conv2d_in_bytes(x: Tensor, weight: Tensor, factors: Factors, options: dict) -> Tensor | None:
     terms, ones = second_operands(weight, factors), torch.ones(len(weight))
     # Without a zero point the units are exact without further proof, so images without signs are told apart.
-    offset = 0 if unsigned(factors) and int(x.min()) >= 0 else 128
+    offset = 0 if factors.unsigned and int(x.min()) >= 0 else 128
     if not int8.fits(terms, offset):
         return None
     image = first_operands(x, factors, groups=options["groups"], offset=offset).view(torch.uint8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from axmoe_lite.kernels import int8
-from axmoe_lite.kernels.encode import LIMIT, unsigned
+from axmoe_lite.kernels.encode import LIMIT
 from axmoe_lite.kernels.products import ConvProduct
 from axmoe_lite.layers import ApproxConv2d
 from axmoe_lite.layers.modules import Approximate
@@ -162,7 +162,7 @@ class Planner:
             self.eager[node.target] = f"padding {layer.padding!r} ({layer.padding_mode}) is done on floats"
         elif not product.bytewise:
             self.eager[node.target] = f"{layer.multiplier.name} does not run on int8 units here"
-        elif product.units(0 if unsigned(product.factors) else 128) is None:
+        elif product.units(0 if product.factors.unsigned else 128) is None:
             self.eager[node.target] = "its sums do not fit the int8 units"
         else:
             return product
@@ -201,7 +201,7 @@ class Planner:
     def _convolve(self, chain: "_Chain") -> None:
         product, source, end = chain.product, chain.nodes[0].args[0], chain.nodes[-1]
         not_negative = source in self.code_scale or source in self.not_negative
-        offset = 0 if not_negative and unsigned(product.factors) else 128
+        offset = 0 if not_negative and product.factors.unsigned else 128
         scale, bias = chain.folded()
         packed = product.units(offset)
         if packed is None:  # only with a zero point: signed images and very large sums
