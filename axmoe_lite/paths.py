@@ -5,6 +5,7 @@ they live in the checkout that holds this package, or in ``~/.cache/axmoe_lite``
 installed without one. Functions, not constants: the variable is read at each call.
 """
 
+import functools
 import os
 import shutil
 from importlib import metadata
@@ -41,8 +42,11 @@ def expanded(path: Path | str) -> Path:
 
 
 def book_dir() -> Path:
-    """The chapters: of the checkout, else those that :func:`unpack_book` put into :func:`home`."""
-    return (CHECKOUT if (CHECKOUT / "book").is_dir() else home()) / "book"
+    """The chapters: of the checkout, else those that :func:`unpack_book` put into :func:`home`, else in the wheel."""
+    if (CHECKOUT / "book").is_dir():
+        return CHECKOUT / "book"
+    unpacked, shipped = home() / "book", _shipped().get("book/intro.md")
+    return unpacked if unpacked.is_dir() or not shipped else shipped.parent
 
 
 def cache_dir() -> Path:
@@ -78,24 +82,33 @@ def unpack_book(version: str) -> str:
     """
     if (CHECKOUT / "book").is_dir():
         return ""
-    try:
-        listed = metadata.files("axmoe_lite") or []
-    except metadata.PackageNotFoundError:
-        return ""
-    marker = "share/axmoe_lite/"
-    shipped = {file.as_posix().partition(marker)[2]: file for file in listed if marker in file.as_posix()}
-    if not shipped:
+    if not (shipped := _shipped()):
         return ""
     stamp = home() / "book" / ".version"
     if stamp.exists():
         there = stamp.read_text(encoding="utf-8").strip()
         if there == version:
             return ""
-        return f"The chapters in {book_dir()} are of version {there}, the package is {version}; move them away."
+        return f"The chapters in {home() / 'book'} are of version {there}, the package is {version}; move them away."
     for name, file in shipped.items():
         target = home() / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file.locate(), target)
+            shutil.copyfile(file, target)
     stamp.write_text(version + "\n", encoding="utf-8")
     return f"The chapters and their rows are now in {home()} (AXMOE_HOME chooses another folder)."
+
+
+@functools.cache
+def _shipped() -> dict[str, Path]:
+    """What travels in the wheel beside the package, such as ``"book/intro.md"``, and where it was installed."""
+    try:
+        listed = metadata.files("axmoe_lite") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    marker = "share/axmoe_lite/"
+    return {
+        file.as_posix().partition(marker)[2]: Path(file.locate()).resolve()
+        for file in listed
+        if marker in file.as_posix()
+    }

@@ -114,10 +114,15 @@ def test_sensitivities_are_clipped_for_the_scale_but_told_as_they_are():
 
 def test_mixed_fronts_join_what_was_searched_only():
     row = {"top1": "0.5", "p_norm": "0.7", "accuracy": "0.6", "multipliers": "2", "evaluated": 9, **ORIGIN}
+    row["assignment"] = '{"conv1": "signs:mul8s_1L2L", "fc": "signs:mul8s_1L2L"}'
     chart = plots.mixed_fronts([{**row, "family": f"hard, {kind}"} for kind in ("mixed", "uniform")], title="t")
-    assert [r["top1"] for r in data_of(chart, "family")] == [0.5, 0.5]
-    points, lines = json.loads(chart.to_json())["layer"]
-    assert "uniform" in str(lines["transform"]) and "transform" not in points
+    drawn = data_of(chart, "family")
+    assert [(r["family"], r["top1"], r["circuit"]) for r in drawn] == [
+        ("hard, mixed", 0.5, ""),
+        ("hard, uniform", 0.5, "L2L"),
+    ]
+    points, lines, names = json.loads(chart.to_json())["layer"]
+    assert "uniform" in str(lines["transform"]) and "transform" not in points and "uniform" in str(names["transform"])
     assert json.loads(chart.to_json())["params"][0]["bind"] == "legend"
     with pytest.raises(ValueError, match="lacks"):
         plots.mixed_fronts([{**row, "family": "a", "date": ""}])

@@ -87,7 +87,7 @@ def test_the_sliders_arithmetic_is_p_norm(rows, circuit):
 def test_accuracy_against_cost(measured):
     spec = plots.accuracy_cost(measured).to_dict()
     text = json.dumps(spec)
-    assert "resnet8, synthetic, 64 test images, seed 0 (quick)" in text and "float32" not in text
+    assert "resnet8, synthetic, 64 test images (quick), seed 0" in text and "float32" not in text
     data = {name: rows for name, rows in spec["datasets"].items()}
     (front,) = [rows for rows in data.values() if "regimes" in rows[0]]
     by_choice = {

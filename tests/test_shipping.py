@@ -68,6 +68,15 @@ def test_the_wheel_brings_its_chapters_and_runs_them_from_anywhere(installed):
     assert "now in" not in again.stderr and edited.read_text() == "mine"
 
 
+def test_chapters_are_found_where_the_home_is_another_and_empty(installed):
+    asks = "import os; os.environ['AXMOE_HOME'] = {!r}; from axmoe_lite import paths, runs; print(runs.find('02'))"
+    empty = installed.place / "empty"
+    empty.mkdir()
+    found = installed("python", "-c", asks.format(str(empty)))
+    assert found.stdout.strip().endswith("share/axmoe_lite/book/02_factors.ipynb"), found.stderr
+    assert not any(empty.iterdir())
+
+
 def test_chapters_of_another_version_are_named_and_kept(installed):
     installed("axmoe", "list")
     stamp = installed.place / ".cache" / "axmoe_lite" / "book" / ".version"

@@ -3,6 +3,8 @@
 Chapter: 09, "What does accuracy cost?"
 """
 
+from collections.abc import Iterable
+
 import altair as alt
 import pandas as pd
 
@@ -166,6 +168,8 @@ def cost_explorer(rows: list[dict], *, start: str = "mul8s_1L2L") -> alt.HConcat
 def accuracy_cost(rows: list[dict]) -> alt.LayerChart:
     """Top-1 against normalised cost; buttons pick the regime, the legend a topology; the line is the Pareto front.
 
+    A point is the mean over its seeds, so that the front is not that of the luckiest one.
+
     Rows of ``"float32"``, which no circuit multiplies, are left out.
 
     Args:
@@ -175,11 +179,7 @@ def accuracy_cost(rows: list[dict]) -> alt.LayerChart:
         ValueError: for no rows, or rows without evidence: a number without its origin is not drawn.
     """
     check_evidence(rows, "multiplier")
-    rows = [
-        {**row, "p_norm": round(float(row["p_norm"]), 4), "top1": float(row["top1"])}
-        for row in rows
-        if row["multiplier"] != "float32"
-    ]
+    rows = _over_seeds(row for row in rows if row["multiplier"] != "float32")
     if not rows:
         raise ValueError("accuracy_cost() was given no row of a circuit; there is nothing to draw.")
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
@@ -188,13 +188,18 @@ def accuracy_cost(rows: list[dict]) -> alt.LayerChart:
     fronts = []
     for choice in [BOTH, *regimes]:
         front = pareto([row for row in rows if choice in (BOTH, row["regime"])])
-        fronts += [
-            {"regimes": choice, "circuit": row["multiplier"].replace("mul8s_1", ""), **_place(row)} for row in front
-        ]
+        last = {"p_norm": 1e-9, "top1": 0.0}
+        for row in front:
+            near = row["p_norm"] < 1.13 * last["p_norm"] and row["top1"] < last["top1"] + 0.05
+            last = last if near else row  # a name where there is room for it; the hover has the others
+            circuit = "" if near else row["multiplier"].replace("mul8s_1", "")
+            fronts.append({"regimes": choice, "circuit": circuit, **_place(row)})
         fronts.append({"regimes": choice, "circuit": "", **_place(front[-1]), "p_norm": dearest})
-    runs = dict.fromkeys(
-        f"{r['network']}, {r['dataset']}, {r['n_test']} test images, seed {r['seed']} ({r['scale']})" for r in rows
-    )
+    found: dict[str, set[str]] = {}
+    for r in rows:
+        told = f"{r['network']}, {r['dataset']}, {r['n_test']} test images ({r['scale']})"
+        found.setdefault(told, set()).update(r["seed"].split(", "))
+    runs = [f"{told}, seed{'s' * (len(seeds) > 1)} {', '.join(sorted(seeds))}" for told, seeds in found.items()]
     kept = ["topology", "multiplier", "regime", "p_norm", "top1", "network", "dataset", "n_test", "seed", "epochs"]
     kept += ["device", "commit"]
     table = pd.DataFrame(rows)[kept]
@@ -232,6 +237,34 @@ def accuracy_cost(rows: list[dict]) -> alt.LayerChart:
         subtitle=[*runs, "Hollow: not retrained. Filled: retrained. Line: the Pareto front of what is shown."],
     )
     return alt.layer(line, points, names).add_params(buttons).properties(width=520, height=330, title=title)
+
+
+def _over_seeds(rows: Iterable[dict]) -> list[dict]:
+    """The mean over seeds of what is alike but for the seed."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        row = {**row, "p_norm": round(float(row["p_norm"]), 4), "top1": float(row["top1"]), "seed": str(row["seed"])}
+        alike = (
+            "network",
+            "topology",
+            "experts",
+            "multiplier",
+            "regime",
+            "dataset",
+            "n_test",
+            "epochs",
+            "retrain_images",
+        )
+        groups.setdefault(tuple(str(row.get(name)) for name in alike), []).append(row)
+    return [
+        {
+            **part[0],
+            **{name: sum(row[name] for row in part) / len(part) for name in ("p_norm", "top1")},
+            "seed": ", ".join(sorted({row["seed"] for row in part})),
+            "commit": ", ".join(dict.fromkeys(str(row["commit"]) for row in part)),
+        }
+        for part in groups.values()
+    ]
 
 
 def _place(row: dict) -> dict:

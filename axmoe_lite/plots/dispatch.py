@@ -83,7 +83,9 @@ def dispatch_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.FacetCha
     if unknown:
         raise ValueError(f"No kind is called {unknown[0]!r}; there are {', '.join(KINDS)}.")
     domain = [kind for kind in KINDS if kind in set(table["kind"])]
-    kept = ["pool", "kind", "name", "weighting", "shares", "against", *_NUMBERS, *_TOLD]
+    single = table[table["kind"] == "single"].sort_values("cost")
+    table["above"] = single.groupby("pool").cumcount() % 2 == 1  # neighbours' names do not meet
+    kept = ["pool", "kind", "name", "weighting", "shares", "against", "above", *_NUMBERS, *_TOLD]
     shown = alt.Chart(table[[column for column in kept if column in table]])
     legend = alt.Legend(orient="top", columns=6, symbolSize=90, symbolOpacity=1)
     looks = {n: alt.Scale(domain=domain, range=[KINDS[kind][n] for kind in domain]) for n in range(3)}
@@ -104,12 +106,16 @@ def dispatch_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.FacetCha
         shape=alt.Shape("kind:N", title=None, scale=looks[1], legend=legend),
         tooltip=_tips(table),
     )
-    names = shown.transform_filter("datum.kind=='single'").mark_text(align="left", dx=5, dy=11, fontSize=11)
-    names = names.encode(x=x, y=y, text="name:N", color=alt.value("#333"))
+    names = []
+    for above, place in ((True, {"align": "right", "dx": -3, "dy": -9}), (False, {"align": "left", "dx": 4, "dy": 12})):
+        told = shown.transform_filter(f"datum.kind=='single' && datum.above=={str(above).lower()}")
+        told = told.encode(x=x, y=y, text="name:N", color=alt.value("#333"))
+        names += [told.mark_text(fontSize=11, stroke="white", strokeWidth=3, strokeOpacity=0.8, **place)]
+        names += [told.mark_text(fontSize=11, **place)]
     header = alt.Header(orient="top", labelAnchor="start", labelFontWeight="bold", labelPadding=2)
     said = ["Chosen on other images; each point is what it does on the final ones. Mixed: two networks, drawn by lot."]
     return (
-        alt.layer(lines, points, names)
+        alt.layer(lines, points, *names)
         .properties(width=540, height=200)
         .facet(row=alt.Row("pool:N", title=None, sort=list(dict.fromkeys(table["pool"])), header=header), spacing=14)
         .properties(title=alt.Title(title, subtitle=said))

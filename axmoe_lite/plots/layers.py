@@ -375,6 +375,7 @@ def channel_shifts(measured: dict[str, dict[str, LayerError]]) -> alt.LayerChart
     )
     names = "[" + ",".join(f"'{name}'" for name in order) + "]"
     axis = alt.Axis(values=list(range(len(order))), labelExpr=f"{names}[datum.value]", labelAngle=-40, grid=False)
+    axis.labelOverlap = len(order) > 12  # all names, where there is room
     x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[-0.5, len(order) - 0.5], nice=False))
     y = alt.Axis(format="+~%")
     band = (
@@ -392,7 +393,7 @@ def channel_shifts(measured: dict[str, dict[str, LayerError]]) -> alt.LayerChart
     zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(color="#333").encode(y="y:Q")
     title = alt.Title(
         "How far is every channel off?",
-        subtitle="Dots: the mean error of one channel. Band: the error's standard deviation around it.",
+        subtitle="Dots: the mean error of one channel. Band: its standard deviation, drawn around no error.",
     )
     return alt.layer(band, zero, dots.add_params(pick)).properties(width=520, height=260, title=title)
 

@@ -149,7 +149,8 @@ def recovered(rows: list[dict], *, title: str) -> alt.LayerChart:
 
     Args:
         rows: with ``network``, ``topology``, ``multiplier``, ``regime`` ("not retrained", "BatchNorm averages
-            only" or "retrained") and ``top1``, and evidence. The dashed line is the exact multiplier, not retrained.
+            only" or "retrained"; others are left out) and ``top1``, and evidence. The dashed line is the exact
+            multiplier, not retrained.
         title: what is asked.
 
     Raises:
@@ -157,6 +158,7 @@ def recovered(rows: list[dict], *, title: str) -> alt.LayerChart:
     """
     check_evidence(rows, "multiplier")
     table = pd.DataFrame(rows).astype({"top1": float})
+    table = table[table["regime"].isin(list(_REGIMES))]
     table["run"] = [
         f"{r.network} {r.topology}, {r.dataset}, {r.n_test} images, seed {r.seed} ({r.scale})"
         for r in table.itertuples()

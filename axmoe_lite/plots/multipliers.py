@@ -11,7 +11,7 @@ import altair as alt
 import pandas as pd
 
 from axmoe_lite.factors import factorise
-from axmoe_lite.multipliers import EVOAPPROX, FAMILIES, Multiplier, error_table, errors, multiplier
+from axmoe_lite.multipliers import EVOAPPROX, Multiplier, error_table, errors, multiplier
 from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SIGNED, SKY
 
 STAR = "M0,-1L.23,-.33L.94,-.33L.36,.11L.59,.8L0,.37L-.59,.8L-.36,.11L-.94,-.33L-.25,-.33Z"
@@ -90,7 +90,7 @@ def power_error_front(mine: Multiplier | None = None) -> alt.LayerChart:
                     "bias": round(metrics.mean_error, 2),
                 }
             )
-    families = ["EvoApproxLib", *(f for f in FAMILIES if f != "truncation")]
+    families = list(dict.fromkeys(row["family"] for row in rows))
     colours = [BLUE, SKY, ORANGE, GREEN, RED, PURPLE, GREY]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("power_mw:Q", title="power (mW, PDK45)", scale=alt.Scale(domain=[0, 1])),
@@ -197,6 +197,8 @@ def number_grid(values: list[list[int]], *, title: str, low: int, high: int) -> 
         x=alt.X("b:O", title="b", axis=alt.Axis(labelAngle=0, orient="top")), y=alt.Y("a:O", title="a")
     )
     cells = base.mark_rect().encode(color=alt.Color("value:Q", scale=SIGNED, legend=None))
-    numbers = base.mark_text(fontSize=11).encode(text="value:Q")
+    most = max(abs(row["value"]) for row in rows)
+    dark = alt.condition(f"abs(datum.value) > {0.6 * most}", alt.value("white"), alt.value("black"))
+    numbers = base.mark_text(fontSize=11).encode(text="value:Q", color=dark)
     side = 30 * (high - low + 1)
     return (cells + numbers).properties(width=side, height=side, title=title)

@@ -71,18 +71,18 @@ def gantt(
             alt.Tooltip("end:Q", title=f"end, {unit}", format=".4g"),
         ],
     )
-    wide = last / 28  # a narrower bar has no room for its number
+    wide = last / 40  # a narrower bar has no room for its number
     numbers = (
         begun.transform_filter(f"datum.until - datum.start > {wide}")
         .transform_calculate(middle="(datum.start + datum.until) / 2")
-        .mark_text(color="white", fontSize=11)
+        .mark_text(color="white", fontSize=10)
         .encode(x="middle:Q", y=y, text="image:N")
     )
     rule = alt.Chart(pd.DataFrame([{}])).mark_rule(color="#333").transform_calculate(at="now").encode(x="at:Q")
     return (
         alt.layer(bars, numbers, rule)
         .add_params(now)
-        .properties(width=560, height=alt.Step(34), title=alt.Title(title, subtitle="A number is an image."))
+        .properties(width=560, height=alt.Step(34), title=alt.Title(title or " ", subtitle="A number is an image."))
     )
 
 

@@ -3,6 +3,7 @@
 Chapter: 12, "A multiplier for each expert?"
 """
 
+import json
 from collections.abc import Iterable, Mapping
 
 import altair as alt
@@ -77,27 +78,37 @@ def mixed_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.LayerChart:
     rows = [dict(row) for row in rows]
     check_evidence(rows, "family")
     table = pd.DataFrame(rows).astype({"top1": float, "p_norm": float, "accuracy": float})
+    table["circuit"] = [_only_one(row) for row in rows]
+    uniform = table[["uniform" in family for family in table["family"]]].sort_values("top1")
+    lowest = uniform.drop_duplicates("circuit").index  # named once, beside the lowest of its marks
+    table.loc[~table.index.isin(lowest), "circuit"] = ""
     families = sorted(set(table["family"]))  # so that figures of the same ones have the same colours
     colours = [BLUE, SKY, ORANGE, PURPLE, GREEN, GREY]
     scale = alt.Scale(domain=families, range=[colours[i % len(colours)] for i in range(len(families))])
     pick = alt.selection_point(fields=["family"], bind="legend")
     faint = alt.condition(pick, alt.value(0.95), alt.value(0.1))
-    shown = alt.Chart(table[[c for c in ("family", "top1", "p_norm", "accuracy", "multipliers", *_TOLD) if c in table]])
+    shown = alt.Chart(
+        table[[c for c in ("family", "circuit", "top1", "p_norm", "accuracy", "multipliers", *_TOLD) if c in table]]
+    )
     x = alt.X("p_norm:Q", title="normalised inference cost", scale=alt.Scale(zero=False))
-    y = alt.Y("top1:Q", title="top-1 accuracy, test images", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False))
-    colour = alt.Color("family:N", title=None, scale=scale, legend=alt.Legend(orient="top", columns=2, labelLimit=0))
-    shape = alt.condition("indexof(datum.family,'uniform')>=0", alt.value("diamond"), alt.value("circle"))
+    high = table["top1"].max()
+    low = min(table["top1"].min(), high - 0.1)  # so that a few images do not fill the figure
+    scale_y = alt.Scale(domain=[max(0.0, low - 0.05), min(1.0, high + 0.03)], nice=False)
+    y = alt.Y("top1:Q", title="top-1 accuracy, test images", axis=alt.Axis(format="%"), scale=scale_y)
+    shapes = alt.Scale(domain=families, range=["diamond" if "uniform" in name else "circle" for name in families])
+    legend = alt.Legend(orient="top", columns=2, labelLimit=0)
+    colour = alt.Color("family:N", title=None, scale=scale, legend=legend)
     lines = (
         shown.transform_filter("indexof(datum.family,'uniform')<0")
         .mark_line(strokeWidth=1.5)
         .encode(x=x, y=y, color=colour, opacity=faint, order="p_norm:Q")
     )
-    points = shown.mark_point(filled=True, size=70).encode(
+    points = shown.mark_point(filled=False, size=70, strokeWidth=2).encode(
         x=x,
         y=y,
         color=colour,
         opacity=faint,
-        shape=shape,
+        shape=alt.Shape("family:N", title=None, scale=shapes, legend=legend),
         tooltip=[
             "family",
             alt.Tooltip("top1:Q", title="top-1", format=".2%"),
@@ -106,10 +117,21 @@ def mixed_fronts(rows: Iterable[Mapping], *, title: str = "") -> alt.LayerChart:
             *(alt.Tooltip(c) for c in ("multipliers", *_TOLD) if c in table),
         ],
     )
+    names = shown.transform_filter("indexof(datum.family,'uniform')>=0")
+    names = names.mark_text(fontSize=11, dx=9, dy=11, align="left", color="#555").encode(
+        x=x, y=y, text="circuit:N", opacity=faint
+    )
     subtitle = (
         f"Lines: searched, circles. Diamonds: one multiplier for all layers ({EXACT.replace('mul8s_1', '')} is exact)."
     )
     # The points first: in a layered chart only the first layer's legend listens.
-    return alt.layer(points.add_params(pick), lines).properties(
+    return alt.layer(points.add_params(pick), lines, names).properties(
         width=520, height=340, title=alt.Title(title, subtitle=subtitle)
     )
+
+
+def _only_one(row: Mapping) -> str:
+    """The circuit that all layers of a row's assignment have, in short; "" if there are several."""
+    assignment = row.get("assignment") or "{}"
+    used = set((json.loads(assignment) if isinstance(assignment, str) else assignment).values())
+    return used.pop().replace("mul8s_1", "").removeprefix("signs:") if len(used) == 1 else ""

@@ -46,6 +46,7 @@ def theme() -> alt.theme.ThemeConfig:
             "font": font,
             "view": {"stroke": None},
             "axis": {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e8e8e8"},
+            "axisX": {"labelFlush": False},  # else the last two labels of an axis run together
             "legend": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
             "header": {"labelFontSize": 13, "titleFontSize": 13},
             "title": {"fontSize": 15, "subtitleFontSize": 12, "anchor": "start", "subtitleColor": "#555"},
