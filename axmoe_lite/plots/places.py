@@ -174,7 +174,7 @@ def energy_fronts(rows: Iterable[Mapping[str, Any]], *, title: str = "") -> alt.
         color=alt.Color("family:N", title=None, scale=scale, legend=legend),
         opacity=alt.condition(pick, alt.value(0.95), alt.value(0.1)),
     )
-    points = shown.mark_point(filled=True, size=70).encode(
+    points = shown.mark_point(filled=False, size=70, strokeWidth=2).encode(
         shape=alt.Shape("family:N", title=None, scale=alt.Scale(domain=families), legend=legend),
         tooltip=[
             "family",
