@@ -130,6 +130,8 @@ def test_what_is_no_chapter_is_told_what_there_is(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=f"'{name}' is no chapter and no notebook"):
             find(name)
     monkeypatch.setattr(paths, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(paths, "_shipped", dict)
+    monkeypatch.setenv("AXMOE_HOME", str(tmp_path))
     assert chapters() == []
     for call in (lambda: find("5"), listing):
         with pytest.raises(ValueError, match="installed without it.*checkout"):
