@@ -195,6 +195,17 @@ def test_without_rows_nothing_can_be_tested_and_all_is_named():
     assert "Rows are missing: 4 of vit_small (hard, dense; L2L, KV6; retrained)." in whole(lines, "C5")["reason"]
 
 
+def test_a_comparison_says_where_it_holds():
+    goals = {(line["claim"], line["goal"]) for line in judge([]) if line["part"]}
+    assert {
+        ("C1", "above 0"),
+        ("C2", "within ±2"),
+        ("C3", "above -1"),
+        ("C4", "above -2"),
+        ("C4", "below -10"),
+    } <= goals
+
+
 def test_missing_rows_are_named_and_never_guessed():
     rows, answers = study(CNNS, resilient(0.5, 0.4))
     gone = ("vgg19_bn", "soft", L2J, "not retrained")

@@ -1,5 +1,8 @@
 """Factorisation: exact on every pair, minimal where promised, and honest about arithmetic."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from axmoe_lite import EVOAPPROX, Multiplier, exact_arithmetic, factorise, multiplier
 from axmoe_lite.factors import Factors, masked, rank_lower_bound
+from axmoe_lite.kernels.encode import encode_unsigned
 from axmoe_lite.multipliers import exact_table
 
 evidence = pytest.mark.trust("law", "factors multiplied out: the table")
@@ -131,3 +135,13 @@ def test_a_factor_beyond_the_format_is_refused():
 def test_a_fan_in_of_zero_is_refused():
     with pytest.raises(ValueError, match="fan-in is 0"):
         exact_arithmetic(factorise(multiplier("mul8s_1KV6")), 0)
+
+
+def test_what_was_made_of_factors_goes_with_their_multiplier():
+    """A search meets thousands of tables; what a kernel keeps of each must not outlive it."""
+    mine = Multiplier("mine", exact_table() - 3 * torch.arange(-128, 128)[:, None])
+    encode_unsigned(torch.ones(2, 3, 4, 4), factorise(mine), inverse_scale=1.0, groups=1)
+    found = weakref.ref(factorise(mine))
+    del mine
+    gc.collect()
+    assert found() is None

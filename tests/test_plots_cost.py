@@ -100,6 +100,17 @@ def test_accuracy_against_cost(measured):
     assert by_choice["retrained"] == [("L2L", 0.47, 0.8), ("L2L", 1.2, 0.85), ("", 1.2, 0.85)]
 
 
+def test_a_mark_is_the_mean_over_seeds_and_near_ones_share_a_name(measured):
+    again = {**measured[0], "seed": 1, "top1": 0.8}
+    near = {**measured[0], "multiplier": "mul8s_1KV8", "p_norm": 0.99, "top1": 0.84}
+    spec = plots.accuracy_cost([measured[0], measured[1], again, near]).to_dict()
+    marks = next(rows for rows in spec["datasets"].values() if "topology" in rows[0])
+    exact = [(row["top1"], row["seed"]) for row in marks if row["multiplier"] == "mul8s_1KV6"]
+    assert exact == [(pytest.approx(0.85), "0, 1")] and "seeds 0, 1" in json.dumps(spec)
+    front = next(rows for rows in spec["datasets"].values() if "regimes" in rows[0])
+    assert [row["circuit"] for row in front if row["regimes"] == "both"] == ["L2L", "KV8", "", ""]
+
+
 def test_rows_without_evidence_are_not_drawn(measured):
     with pytest.raises(ValueError, match="lacks commit"):
         plots.accuracy_cost([{**measured[0], "commit": ""}])

@@ -59,6 +59,11 @@ def test_marks_stand_in_order_of_power():
     assert sorted(labels, key=svg.index) == labels
 
 
+def test_a_regime_without_a_mark_stretches_no_line():
+    drawn = str(plots.recovered([*ROWS, row("mul8s_1L2L", "bias corrected", 0.01)], title="t").to_dict()["datasets"])
+    assert "bias corrected" not in drawn and "retrained" in drawn
+
+
 def test_several_runs_get_a_menu_and_one_does_not():
     more = [*ROWS, row(EXACT, "retrained", 0.98, seed=1)]
     menus = [p["bind"] for p in plots.recovered(more, title="t").to_dict()["params"] if isinstance(p.get("bind"), dict)]

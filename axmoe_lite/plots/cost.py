@@ -239,23 +239,15 @@ def accuracy_cost(rows: list[dict]) -> alt.LayerChart:
     return alt.layer(line, points, names).add_params(buttons).properties(width=520, height=330, title=title)
 
 
+_ALIKE = ("network", "topology", "experts", "multiplier", "regime", "dataset", "n_test", "epochs", "retrain_images")
+
+
 def _over_seeds(rows: Iterable[dict]) -> list[dict]:
     """The mean over seeds of what is alike but for the seed."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         row = {**row, "p_norm": round(float(row["p_norm"]), 4), "top1": float(row["top1"]), "seed": str(row["seed"])}
-        alike = (
-            "network",
-            "topology",
-            "experts",
-            "multiplier",
-            "regime",
-            "dataset",
-            "n_test",
-            "epochs",
-            "retrain_images",
-        )
-        groups.setdefault(tuple(str(row.get(name)) for name in alike), []).append(row)
+        groups.setdefault(tuple(str(row.get(name)) for name in _ALIKE), []).append(row)
     return [
         {
             **part[0],
