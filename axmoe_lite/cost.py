@@ -18,7 +18,8 @@ BatchNorm, activations, additions, memory and the routing of data cost nothing h
 Chapter: 09, "What does accuracy cost?"
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -82,8 +83,8 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
     approximate or not; a padded position counts like any other.
 
     Args:
-        network: any module; mixtures inside it are routed as these inputs make them. Of a frozen network the one that
-            it was made from is counted: the same products.
+        network: any module; mixtures inside it are routed as these inputs make them. Of a frozen network, or part,
+            the one that it was made from is counted: the same products.
         inputs: [N, ...] as the network expects them. One will do for a network without mixtures.
         attention: whether products of two activations count. Most published figures leave them out.
 
@@ -103,6 +104,11 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
     if not len(inputs):
         raise ValueError("count() was given no inputs; the mean over them needs at least one.")
     network = network.thaw() if hasattr(network, "thaw") else network
+    with _thawed(network):
+        return _counted(network, inputs, attention=attention, batch_size=batch_size)
+
+
+def _counted(network: nn.Module, inputs: Tensor, *, attention: bool, batch_size: int) -> Macs:
     layers = {
         name: module
         for name, module in network.named_modules()
@@ -120,6 +126,24 @@ def count(network: nn.Module, inputs: Tensor, *, attention: bool = True, batch_s
         if static[name]
     }
     return Macs(found, sum(p.numel() for p in network.parameters()), len(inputs))
+
+
+@contextmanager
+def _thawed(network: nn.Module) -> Iterator[None]:
+    """While it lasts, the network that a frozen part was made from stands in its place: hooks see nothing else run."""
+    frozen = [
+        (parent, name, part)
+        for parent in network.modules()
+        for name, part in parent._modules.items()
+        if hasattr(part, "thaw")
+    ]
+    try:
+        for parent, name, part in frozen:
+            parent._modules[name] = part.thaw()
+        yield
+    finally:
+        for parent, name, part in frozen:
+            parent._modules[name] = part
 
 
 def _run(

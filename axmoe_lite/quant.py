@@ -10,6 +10,7 @@ order in which integer pipelines do it, and the two differ in rare bits.
 Chapter: 03, "How do floats become bytes?"
 """
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -111,11 +112,12 @@ class Histogram:
     """
 
     BINS = 8192
+    LEAST = 2.0**-100  # of the range: float32 holds BINS / LEAST
 
     def __init__(self, name: str = "this layer") -> None:
         self.name = name  # for errors
         self.counts = torch.zeros(self.BINS, dtype=torch.float64)
-        self.top = 0.0  # upper edge of the last bin: a power of two
+        self.top = 0.0  # upper edge of the last bin: a power of two above all values, so that each lies in its own bin
         self.largest = 0.0
 
     def update(self, x: Tensor) -> None:
@@ -138,8 +140,8 @@ class Histogram:
             )
         self.largest = max(self.largest, largest)
         if largest > 0 and self.top == 0:
-            self.top = 2.0 ** torch.tensor(largest).log2().ceil().item()
-        while self.top < largest:
+            self.top = max(2.0 ** math.frexp(largest)[1], self.LEAST)
+        while 0 < self.top <= largest:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.top *= 2

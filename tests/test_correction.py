@@ -104,6 +104,23 @@ def test_it_comes_off_again(x):
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("move", [torch.float64, torch.bfloat16], ids=str)
+def test_it_comes_off_again_in_another_type(x, move):
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 2)).eval()
+    bias = network[0].bias
+    correct_bias(approximate(network, {"0": "mul8s_1L2J", "3": "mul8s_1L2J"}, calibration=x), x)
+    restore(network.to(move))
+    assert network[0].bias is bias and bias.dtype == move
+    assert network(x.to(move)).shape == (40, 2)
+
+
+def test_what_is_left_is_measured_in_another_type(x):
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()).eval()
+    correct_bias(approximate(network, {"0": "mul8s_1L2J"}, calibration=x), x)
+    left = layer_errors(network.double(), x.double())
+    assert network[0].exact.bias.dtype == torch.float64 and left["0"].shift.abs().max() < 1e-5
+
+
 def test_a_corrected_network_freezes(network, x):
     approximate(network, "mul8s_1KVA")
     correct_bias(network, x)
@@ -115,6 +132,24 @@ def test_a_corrected_network_freezes(network, x):
 def test_the_input_of_a_layer(network, x):
     assert torch.equal(input_of(network, "conv1", x), x)
     assert input_of(network, "layer2.0.conv1", x).min() >= 0
+
+
+def test_layers_that_are_given_their_input_by_name(x):
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=self[0](input=x).flatten(1))
+
+    torch.manual_seed(0)
+    named, placed = (
+        Named(nn.Conv2d(3, 4, 8), nn.Linear(4, 2)),
+        nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    placed.load_state_dict({name.replace("1.", "2."): value for name, value in named.state_dict().items()})
+    for network, last in ((named, "1"), (placed, "2")):
+        approximate(network, {"0": "mul8s_1KVA", last: "mul8s_1KVA"}, calibration=x)
+    assert torch.equal(input_of(named, "1", x), input_of(placed, "2", x))
+    shifts = [[error.shift for error in correct_bias(network, x).values()] for network in (named, placed)]
+    assert all(map(torch.equal, *shifts)) and torch.equal(named(x), placed(x))
 
 
 def test_a_network_without_approximate_layers_is_refused(x):

@@ -1,5 +1,7 @@
 """Image sets: the offline ones are real and learnable, the others refuse what is damaged."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,13 @@ def test_a_subset_keeps_every_class_and_the_statistics():
     assert len(images.subset(n_test=5).x_train) == 100
     with pytest.raises(ValueError, match="subset of 0"):
         images.subset(n_test=0)
+
+
+def test_the_digest_knows_the_images_that_are_learnt():
+    one, again, other = (datasets.synthetic(classes=3, size=8, n_train=12, n_test=6, seed=seed) for seed in (0, 0, 1))
+    assert one.digest == again.digest != other.digest and len(one.digest) == 12
+    assert one.digest == one.subset(n_test=2).digest == one.to("cpu").digest != one.subset(n_train=6).digest
+    assert one.digest != dataclasses.replace(one, y_train=one.y_train.flip(0)).digest
 
 
 def test_crop_flip_by_hand():

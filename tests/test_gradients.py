@@ -77,6 +77,33 @@ def test_products_of_activations_pass_straight_through(batch, turned):
     assert not found[0][a.detach().abs() > 1.275].any() and not found[1][b.detach().abs() > 0.013 * 127.5].any()
 
 
+@evidence
+@pytest.mark.parametrize("gradient", ["straight-through", "smoothed"])
+@pytest.mark.parametrize("name", ["mul8s_1L2J", "mul8s_1KVA", "mitchell()", "drum(4)"])
+@pytest.mark.parametrize(
+    "shape_a,shape_b", [((2, 3), (2, 1)), ((), (3,)), ((3,), ()), ((2, 1), (1, 3)), ((1,), (2, 3))], ids=str
+)
+def test_batches_that_broadcast_are_as_if_repeated(name, gradient, shape_a, shape_b):
+    layer = layer_of(layers.Matmul(), name, [0.01, 0.013], gradient=gradient)
+    a, b = random(*shape_a, 4, 23).requires_grad_(), random(*shape_b, 23, 2, seed=1).requires_grad_()
+    batch = torch.broadcast_shapes(shape_a, shape_b)
+    grad = random(*batch, 4, 2, seed=2)
+
+    def repeated():
+        return layer(a.expand(*batch, 4, 23).clone(), b.expand(*batch, 23, 2).clone())
+
+    with torch.no_grad():
+        assert torch.equal(layer(a, b), repeated())
+    for ours, theirs in zip(backward(lambda: layer(a, b), grad, a, b), backward(repeated, grad, a, b), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_batches_that_do_not_go_together_are_refused():
+    layer = layer_of(layers.Matmul(), "mul8s_1L2J", [0.01, 0.013])
+    with pytest.raises(ValueError, match=r"a is \[2, 4, 5\] and b \[3, 5, 4\]; dimensions before"):
+        layer(random(2, 4, 5), random(3, 5, 4))
+
+
 @pytest.mark.parametrize("gradient", ["straight-through", "smoothed"])
 def test_the_edge_of_clipping(gradient):
     # Scale 1: codes reach 127, so values up to 127.5 are represented; the next float32 above is not. NaN has no code.

@@ -103,14 +103,15 @@ def test_a_gradient_that_bfloat16_holds_is_exact_by_hand():
     assert [f.flatten().tolist() for f in found] == [[119 / 128], [3.0, 12.0], [1.0, 4.0]]
 
 
-def test_the_gradient_of_a_bias_is_not_rounded():
+@pytest.mark.parametrize("n", [257, layers.gradients.CACHED + 1])  # the second is summed in two parts
+def test_the_gradient_of_a_bias_is_not_rounded(n):
     # 257 ones: bfloat16, which has 8 bits, would make it 256.
-    for exact, x in ((nn.Linear(1, 1), torch.ones(257, 1)), (nn.Conv2d(1, 1, 1), torch.ones(1, 1, 257, 1))):
+    for exact, x in ((nn.Linear(1, 1), torch.ones(n, 1)), (nn.Conv2d(1, 1, 1), torch.ones(1, 1, n, 1))):
         layer = layer_of(exact, EXACT, [1.0])
         with mixed():
             y = layer(x)
         (found,) = torch.autograd.grad(y, layer.bias, torch.ones_like(y))
-        assert found.tolist() == [257.0] and found.dtype == torch.float32
+        assert found.tolist() == [n] and found.dtype == torch.float32
 
 
 def test_codes_are_exact_operands_in_mixed_precision():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from axmoe_lite import approximate, cost, freeze, layers, moe, restore, train
-from axmoe_lite.layers.correction import correct_bias, layer_errors
+from axmoe_lite.layers.correction import correct_bias, input_of, layer_errors
 
 L2L = "mul8s_1L2L"
 
@@ -234,3 +234,28 @@ def test_a_bare_layer_and_a_loader_of_pairs_are_answered_in_words(net, x):
     approximate(net, L2L, calibration=(x for x, _ in loader))
     with pytest.raises(ValueError, match="images are a DataLoader; an Images set is needed"):
         train.evaluate(net, loader)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_frozen_part_is_not_changed_in_silence(net, x, nested):
+    frozen = freeze(approximate(net, L2L, calibration=x))
+    network = nn.Sequential(frozen, nn.Identity()) if nested else frozen
+    y, name = network(x), "0.network.0" if nested else "network.0"
+    layer = network.get_submodule(name)
+    for change in (
+        lambda: approximate(network, "mul8s_1KV6"),
+        lambda: approximate(network, {name: "mul8s_1KV6"}),
+        lambda: restore(network),
+        lambda: correct_bias(network, x),
+        lambda: layer_errors(network, x),
+        lambda: input_of(network, name, x),
+    ):
+        with pytest.raises(ValueError, match=r"(is frozen|a frozen part, '0').*change frozen.thaw.*freeze it again"):
+            change()
+    assert network.get_submodule(name) is layer and torch.equal(network(x), y)
+
+
+def test_the_products_of_a_frozen_part_are_counted(net, x):
+    thawed = nn.Sequential(approximate(net, L2L, calibration=x), nn.Identity())
+    network = nn.Sequential(freeze(net), nn.Identity())
+    assert cost.count(network, x) == cost.count(thawed, x) and hasattr(network[0], "thaw")

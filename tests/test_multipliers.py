@@ -285,12 +285,22 @@ def test_a_family_is_named_after_its_call():
         (torch.zeros(16, 16, dtype=torch.int32), r"\[16, 16\]"),
         (torch.zeros(256, 256), "float32"),
         (torch.zeros(256, 256, dtype=torch.bool), "bool"),
-        (torch.full((256, 256), 2**40), "beyond 32 bits"),
+        (torch.full((256, 256), 2**40), "beyond 32 bits, up to 1099511627776"),
+        (torch.full((256, 256), -(2**63)), "beyond 32 bits, up to -9223372036854775808"),
+        (torch.full((256, 256), 2**31), "beyond 32 bits"),
+        (torch.full((256, 256), -(2**31) - 1), "beyond 32 bits"),
+        (torch.full((256, 256), 2**32 + 5, dtype=torch.uint64), "beyond 32 bits, up to 4294967301"),
+        (torch.full((256, 256), 2**31, dtype=torch.uint32), "beyond 32 bits"),
     ],
 )
 def test_bad_tables_are_refused(table, problem):
     with pytest.raises(ValueError, match=problem):
         Multiplier("mine", table)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_smallest_product_of_32_bits_is_one(dtype):
+    assert Multiplier("mine", torch.full((256, 256), -(2**31), dtype=dtype))(0, 0) == -(2**31)
 
 
 def test_operands_out_of_range_are_refused():

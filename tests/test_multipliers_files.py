@@ -314,6 +314,12 @@ def test_a_name_stands_for_a_file_in_an_assignment_and_a_mosaic(mine):
     assert assignment_of(layer) == {"0": "file:mine.npy"}
 
 
+@pytest.mark.parametrize("power", [0.3 / 7, 5e-5, 1.234567890123e-4, 3e-12, 7, 123_456_789_012, 2.5e20])
+def test_a_name_that_was_written_with_a_power_is_read_again(mine, power):
+    name = read_table("mine.npy", power_mw=power).name
+    assert multiplier(name).power_mw == pytest.approx(power, rel=1e-11) and multiplier(name).name == name
+
+
 def test_a_file_that_changes_is_another_multiplier_at_once(mine):
     before, inside = multiplier("file:mine.npy"), multiplier("filter[file:mine.npy, drum(4)]")
     times = mine.stat()
@@ -331,6 +337,7 @@ def test_a_file_that_changes_is_another_multiplier_at_once(mine):
         ("file:", "names no file"),
         ("file:mine.npy@powr_mw=1", "'powr_mw' is no option.*'power_mw'"),
         ("file:mine.npy@power_mw=much", "power_mw is 'much'"),
+        ("file:mine.npy@power_mw=1e999", "power_mw is inf"),
         ("file:mine.npy@operands=sign", "operands is 'sign'"),
         ("file:mine.npy@trust=no", "write @trust=yes"),
         ("file:mine.npy@digest=0123456789ab", "has changed"),

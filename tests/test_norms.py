@@ -55,6 +55,21 @@ def test_gates_gateways_and_idle_experts_keep_theirs(images):
     assert not inside & set(train.norms_of(hard)) and len(train.norms_of(hard)) == len(train.norms_of(dense))
 
 
+def test_averages_survive_a_pass_that_fails(images):
+    network = models.resnet8(classes=3, width=1 / 4)
+    network(images.normalised(images.x_train))  # averages that are not those of a fresh network
+    before = copy.deepcopy(network.state_dict())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    network.layer3.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.refresh_norms(network, images)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert {norm.momentum for norm in train.norms_of(network)} == {0.1} and network.training
+
+
 def test_a_network_without_norms_is_refused(images):
     with pytest.raises(ValueError, match="no BatchNorm that keeps averages"):
         train.refresh_norms(models.vit_small(classes=3, image_size=8, patch=4, width=1 / 8), images)

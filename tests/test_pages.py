@@ -30,6 +30,10 @@ PICTURE = """chart => { const drawn = chart.querySelector('canvas, svg.marks');
     return drawn.toDataURL ? drawn.toDataURL() : drawn.outerHTML }"""
 SIDEWAYS = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
+UNTOLD = """() => [...document.querySelectorAll('.axmoe-chart, .cell_output .output')].some(box => {
+    const told = parseFloat(getComputedStyle(box, '::before').height) > 0, hidden = box.scrollWidth - box.clientWidth;
+    return told ? hidden == 0 : hidden > 1 })"""
+
 
 def opened(tab, name: str) -> None:
     tab.goto((HTML / f"{name}.html").as_uri())
@@ -47,6 +51,7 @@ def test_a_page_opens_from_its_file_with_every_chart_and_no_complaint(name):
         assert (broken, trouble.errors, trouble.failed, trouble.outside) == ([], [], [], [])
         tab.set_viewport_size({"width": 390, "height": 800})  # a phone: charts scroll in their box, the page does not
         assert tab.evaluate(SIDEWAYS) <= 1
+        tab.wait_for_function(f"() => !({UNTOLD})()")  # what is hidden at the right is announced, and nothing else
     assert (HTML / f"{name}.html").stat().st_size < MOST_BYTES
 
 

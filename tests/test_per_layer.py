@@ -87,16 +87,16 @@ def test_a_figure_of_four_remedies():
         assert scale["domain"] == list(names) and len(set(scale["range"])) == 4
 
 
-def test_the_front_page_tells_other_signs_apart():
+def test_the_front_page_tells_other_weights_apart():
     rows = [row for row in runs.read("axmoe_resnet20_cifar100") if (row["topology"], row["seed"]) == ("dense", "0")]
     of = {"network": "resnet20", "topology": "dense", "seed": "0"}
-    signs = [row for row in runs.read("signs") if of.items() <= row.items()]
+    cured = [row for row in runs.read("signs") if of.items() <= row.items()]
     here = "mul8s_1L2N"
-    rows = [row for row in (*rows, *signs) if row["multiplier"] in (EXACT, here, f"signs:{here}")]
+    rows = [row for row in (*rows, *cured) if row["multiplier"] in (EXACT, here, f"tuned_relu:{here}")]
     (data,) = [v for v in plots.healing(rows).to_dict()["datasets"].values() if "state" in v[0]]
     found = {(row["multiplier"], row["state"].split(",")[0]): row["top1"] for row in data}
-    both = (f"signs:{here}", "norms refreshed")
-    expected = next(float(row["top1"]) for row in signs if (row["multiplier"], row["regime"]) == both)
+    both = (f"tuned_relu:{here}", "norms refreshed")
+    expected = next(float(row["top1"]) for row in cured if (row["multiplier"], row["regime"]) == both)
     assert found[here, "averages anew"] == expected > found[here, "BatchNorm's averages taken anew"]
     assert {name for name, _ in found} == {here}
     with pytest.raises(ValueError, match="shows one network; these rows have other, resnet20"):

@@ -1,5 +1,7 @@
 """A frozen network equals its law in every bit, and the network it was made from but for BatchNorm's rounding."""
 
+import operator
+
 import pytest
 import torch
 from frozen import MANY, ROUGH, Net, check, conv, evidence, frozen_of, settle
@@ -342,6 +344,65 @@ def test_what_is_written_in_place_is_seen_by_all_later_readers(x, case):
         return first + net.b(y)
 
     check(Net(forward, a=conv(), b=conv(), relu=nn.ReLU(inplace=True)), x)
+
+
+def written_out(net, x):
+    y = net.a(x)
+    torch.mul(y, -2.0, out=y)
+    return net.b(y)
+
+
+def compared_out(net, x):
+    y = net.a(x)
+    torch.ge(y, 0.1, out=y)  # 0.0 and 1.0, which add up as bools would not
+    return net.b(y + y)
+
+
+@evidence
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: (lambda y: net.b(y) + nn.functional.relu_(y))(net.a(x)),
+        lambda net, x: (lambda y: net.b(y) + torch.relu_(y))(net.a(x)),
+        lambda net, x: (lambda y: (torch.neg_(y), net.b(y))[1])(torch.relu(net.a(x))),
+        lambda net, x: (lambda y: (torch.clamp_(y, -0.1, 0.2), net.b(y) + y)[1])(net.a(x)),
+        lambda net, x: (lambda y: (nn.functional.leaky_relu_(y, -0.5), net.b(y))[1])(torch.relu(net.a(x)) - 0.1),
+        lambda net, x: (lambda y: net.b(y.ge_(0.1)) + y + y)(net.a(x)),
+        written_out,
+        compared_out,
+    ],
+    ids=["F.relu_", "relu_", "neg_", "clamp_", "leaky_relu_", "ge_", "out", "out of another type"],
+)
+def test_functions_that_write_in_place_are_seen_by_later_readers(x, forward):
+    check(Net(forward, a=conv(), b=conv()), x)
+
+
+@evidence
+@pytest.mark.parametrize("name", ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"])
+def test_augmented_assignments_reach_the_value_under_its_other_name(x, name):
+    def forward(net, x):
+        out = net.a(x)
+        same, width = out, x.size(1)
+        half = width
+        half //= 2  # a number gets a new value; nobody else sees it
+        out = getattr(operator, name)(out, net.b(out) + 3)
+        return net.b(torch.relu(same)) + width / half + x.mean()
+
+    check(Net(forward, a=conv(), b=conv()), x)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda y: torch.zero_(y), lambda y: torch.add(y, 1, out=y[:, 0:4]), lambda y: y.data.__iadd__(1)]
+)
+def test_writing_that_has_no_other_form_is_refused(x, write):
+    def forward(net, x):
+        y = net.a(x)
+        write(y)
+        return net.b(y)
+
+    network = approximate(Net(forward, a=conv(), b=conv()).eval(), ROUGH, calibration=x)
+    with pytest.raises(ValueError, match="writes into .* in place .*no frozen form; evaluate it as it is"):
+        freeze(network)
 
 
 # --------------------------------------------------------------------------------------- pooling

@@ -54,6 +54,29 @@ def test_padding_that_the_units_do_not_know_stays_eager_by_name(x):
     assert set(check(network, x).eager) == {"0", "2"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_network_in_another_type_answers_in_it(x, dtype):
+    network = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), Matmuls(), nn.Flatten(), nn.Linear(196, 2))
+    approximate(settle(network), {"0": ROUGH, "3": ROUGH, "4.m": ROUGH, "6": ROUGH}, calibration=x)
+    frozen, images = freeze(network.to(dtype)), x.to(dtype)
+    with torch.no_grad():
+        y = network(images)
+    assert y.dtype == dtype and torch.equal(frozen(images), y) and torch.equal(frozen.law(images), y)
+    assert set(frozen.eager) == {"0", "3"} and f"answers in {dtype}" in frozen.eager["0"]
+
+
+def test_layers_that_are_given_their_input_by_name(x):
+    def forward(net, x):
+        y = torch.relu(net.norm(input=net.a(input=x)))
+        return net.out(input=net.m(b=net.b(input=y), a=net.padded(input=y)).flatten(1))
+
+    parts = {name: conv() for name in ("a", "b", "padded")} | {"norm": nn.BatchNorm2d(4), "m": Matmul()}
+    parts["padded"].padding_mode = "circular"
+    network = Net(forward, **parts, out=nn.Linear(4 * 49, 2))
+    frozen = check(network, x[..., :7, :], dict.fromkeys(("a", "b", "padded", "m", "out"), ROUGH), same=False)
+    assert "2 convolutions" in repr(frozen) and set(frozen.eager) == {"padded"}
+
+
 def test_without_units_everything_stays_eager(x, monkeypatch):
     monkeypatch.setenv("AXMOE_INT8", "0")
     frozen = check(nn.Sequential(conv(), nn.ReLU(), conv()), x)
@@ -78,6 +101,17 @@ def test_too_large_sums_for_a_zero_point_stay_eager_where_images_are_signed():
     frozen = frozen_of(network, x)
     assert set(frozen.eager) == {"0"} and "signed" in frozen.eager["0"]
     assert torch.equal(frozen(x), network(x))
+
+
+class Matmuls(nn.Module):
+    """A product of two activations, one image's at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.m = Matmul()
+
+    def forward(self, x):
+        return self.m(x.mT, x)
 
 
 class Fickle(nn.Module):
@@ -260,6 +294,12 @@ def test_a_product_of_two_matrices_and_a_single_image(x):
         assert torch.equal(layer(x[0]), layer(x[:1])[0])
     with pytest.raises(ValueError, match=r"batches of images \[N, C, H, W\]"):
         freeze(layer)(x[0])
+
+
+@pytest.mark.parametrize("multiplier", [ROUGH, "mitchell()"])
+def test_products_whose_batches_broadcast(x, multiplier):
+    network = Net(lambda net, x: net.m(net.n(net.a(x), x[:, :1].mT), x[0, 0]), a=conv(), m=Matmul(), n=Matmul())
+    check(network, x, {"a": ROUGH, "m": multiplier, "n": multiplier})
 
 
 def test_a_frozen_network_can_be_pickled(x):

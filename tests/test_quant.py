@@ -76,6 +76,25 @@ def test_batches_may_be_cut_anyhow():
         assert whole.scale(method) == parts.scale(method)
 
 
+@pytest.mark.parametrize("power", [-130, -100, -3, 0, 5])
+def test_batches_may_be_cut_where_the_largest_value_is_a_power_of_two(power):
+    x = torch.tensor([1.0] * 9 + [1.5]) * 2.0**power
+    whole, parts = Histogram(), Histogram()
+    whole.update(x)
+    for part in x.split(9):
+        parts.update(part)
+    assert whole.top == parts.top > whole.largest and torch.equal(whole.counts, parts.counts)
+
+
+@pytest.mark.parametrize("least", [1e-36, 1e-38, 1e-45])
+def test_activations_may_be_as_small_as_floats_are(least):
+    seen = Histogram()
+    seen.update(torch.tensor([0.0, least]))
+    assert seen.counts.sum() == 2 and float(seen.scale("max")) > 0 and float(seen.scale()) > 0
+    seen.update(torch.tensor([1.0]))
+    assert float(seen.scale("max")) * 127 == pytest.approx(1)
+
+
 @pytest.mark.parametrize("bad", [torch.tensor([1.0, torch.nan]), torch.tensor([torch.inf]), torch.empty(0)])
 def test_what_is_not_finite_is_refused(bad):
     with pytest.raises(ValueError, match="'conv7'"):

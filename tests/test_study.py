@@ -1,6 +1,7 @@
 """AxMoE's question as one function: every combination runs, resumes, and leaves what it was given as it was."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -203,14 +204,17 @@ def test_stages_are_kept_and_not_trained_again(small, tmp_path, monkeypatch):
 def test_a_committed_network_of_the_same_settings_is_taken(small, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "checkpoints_dir", lambda: tmp_path)
     other = narrow("resnet8", small, seed=9)
-    told = {"epochs": 1, "seed": 0, "dataset": small.name, "n_train": 16, "batch_size": 8}
+    told = {"epochs": 1, "seed": 0, "dataset": small.name, "data": small.digest, "batch_size": 8}
     file = tmp_path / f"resnet8-{small.name}-seed0-epochs1.safetensors"
     asked = {"epochs": 1, "fit_options": {"batch_size": 8}}
-    for changed in ({"batch_size": 16}, {"n_train": 17}, {"dataset": "another"}):
+    for changed in ({"batch_size": 16}, {"data": "other"}, {"dataset": "another"}, {"optimiser": "adamw"}):
         train.save(other, file, recipe={**told, **changed})
         assert not same(weights(narrow("resnet8", small, **asked)), weights(other)), changed
     train.save(other, file, recipe=told)
     assert not same(weights(narrow("resnet8", small, **asked, width=1 / 8)), weights(other)), "another network"
+    for option in ({"lr": 0.01}, {"augment": "none"}, {"label_smoothing": 0.1}):  # of which the file says nothing
+        changed = {"epochs": 1, "fit_options": {"batch_size": 8, **option}}
+        assert not same(weights(narrow("resnet8", small, **changed)), weights(other)), option
     monkeypatch.setattr(loop, "_one_epoch", no_training)
     assert same(weights(narrow("resnet8", small, **asked)), weights(other))
 
@@ -292,6 +296,30 @@ def test_half_finished_retraining_is_resumed(small, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_one_epoch", no_training)
     again = list(study.measure(network, small, ["mul8s_1L2L"], **options))
     assert timeless(expected) == timeless(killed) == timeless(again)
+
+
+@pytest.mark.parametrize("change", [{"retrain_options": {"batch_size": 4}}, {"calibrate_options": {"n": 4}}])
+def test_half_finished_retraining_is_only_resumed_as_it_was_begun(change, small, tmp_path):
+    options = {**ONCE, "regimes": ["retrained"], "checkpoint": tmp_path / "{multiplier}.safetensors"}
+
+    def answers(seed, **changed):
+        return next(study.measure(narrow("resnet8", small, seed=seed), small, ["mul8s_1L2L"], **changed))["answers"]
+
+    answers(0, **options)  # killed after this row, as it were
+    assert answers(1, **options) == answers(1, **{**options, "checkpoint": None}), "another network begins afresh"
+    changed = {**options, **change}
+    assert answers(0, **changed) == answers(0, **{**changed, "checkpoint": None})
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_networks_of_other_images_or_widths_are_not_resumed(small, tmp_path):
+    call = {"epochs": 1, "fit_options": {"batch_size": 8}, "folder": tmp_path}
+    narrow("resnet8", small, **call)
+    wide = narrow("resnet8", small, **call, width=0.5)
+    assert same(weights(wide), weights(narrow("resnet8", small, **{**call, "folder": None}, width=0.5)))
+    relabelled = dataclasses.replace(small, y_train=small.y_train.flip(0))
+    with pytest.raises(ValueError, match="data was"):
+        narrow("resnet8", relabelled, **call)
 
 
 def test_a_rows_seconds_are_its_own(small, monkeypatch):
@@ -413,6 +441,8 @@ def test_at_hand_is_exact_with_those_settings(small, monkeypatch):
     }
     with pytest.raises(ValueError, match="resnet9"):
         study.at_hand("resnet9", small)
+    with pytest.raises(ValueError, match=r"'upcyle_epochs'. Did you mean 'upcycle_epochs'"):
+        study.at_hand("vit_small", small, upcyle_epochs=0)
 
 
 def test_at_hand_gives_the_network_of_exact(small):

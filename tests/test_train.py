@@ -269,6 +269,17 @@ def test_retraining_heals_and_leaves_frozen_gates_alone(textures, hard, frozen):
     assert all(p.requires_grad for p in hard.parameters()), "after the call they can learn again"
 
 
+def test_a_frozen_gate_is_not_balanced(textures):
+    # The layers before it would be bent to please it, in a Hard network and in no other topology.
+    def retrained(balance):
+        network = models.upcycle(models.resnet8(classes=4, seed=2), topology="hard", experts=3, r=0.5)
+        train.calibrate(network, "mul8s_1KV6", textures, n=32)
+        train.retrain(network, textures, epochs=1, balance=balance, batch_size=32, augment="none", progress=False)
+        return weights(network)
+
+    assert same(retrained(0.0), retrained(100.0))
+
+
 def test_retraining_reports_divergence_and_keeps_the_last_good_network(textures, network):
     train.calibrate(network, "mul8s_1KVA", textures, n=64)
     before = weights(network)
@@ -368,6 +379,27 @@ def test_resilience_reports_every_multiplier_and_leaves_the_network_exact(networ
     approximate(network, "mul8s_1KXF", calibration=calibration)
     assert rows[10]["multiplier"] == "mul8s_1KXF"
     assert rows[10]["top1"] == pytest.approx(train.evaluate(network, textures, progress=False))
+
+
+@pytest.mark.parametrize("names", [["float32", "mul8s_1L2N"], ["mul8s_1L2N", "float32"]])
+def test_resilience_measures_float32_once_and_first(names, network, textures):
+    calibration = textures.normalised(textures.x_train[:32])
+    found, expected = (
+        [(row["multiplier"], row["correct"]) for row in train.resilience(network, textures, asked, **options)]
+        for options in [{"calibration": calibration, "progress": False}]
+        for asked in (names, ["mul8s_1L2N"])
+    )
+    assert found == expected and [name for name, _ in found] == ["float32", "mul8s_1L2N"]
+
+
+def test_resilience_refuses_before_any_work(network, textures):
+    calibration = textures.normalised(textures.x_train[:32])
+    with pytest.raises(ValueError, match="mul8s_1L2X"):
+        train.resilience(network, textures, ["mul8s_1L2N", "mul8s_1L2X"], calibration=calibration, progress=False)
+    assert assignment_of(network) == {}
+    approximate(network, "mul8s_1L2N", calibration=calibration)
+    with pytest.raises(ValueError, match="approximate layers already; restore"):
+        train.resilience(network, textures, ["mul8s_1L2J"], calibration=calibration, progress=False)
 
 
 # ----------------------------------------------------------------------------- checkpoints

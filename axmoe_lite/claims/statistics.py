@@ -95,7 +95,7 @@ def paired_bootstrap(differences: np.ndarray, *, resamples: int = RESAMPLES, see
         sums += counts[part].T.astype(np.float64) @ values[:, part].T
     per_seed, means = values.mean(axis=1), sums.mean(axis=1) / n_images
     draws = means + _seed_draws(per_seed, resamples, seed)
-    low, high = np.quantile(draws, (0.025, 0.975))
+    low, high = _ends(draws)
     return Interval(
         estimate=float(per_seed.mean()),
         low=float(low),
@@ -128,6 +128,11 @@ def _seed_draws(per_seed: np.ndarray, resamples: int, seed: int) -> np.ndarray |
 
     order = np.random.default_rng([seed, len(per_seed)]).permutation(resamples)
     return _seed_error(per_seed) * stats.t.ppf((order + 0.5) / resamples, len(per_seed) - 1)
+
+
+def _ends(draws: np.ndarray) -> tuple[float, float]:
+    """Of the 95 % interval: two of the draws, so that it leaves out exactly what :meth:`Interval.p` puts below 0.05."""
+    return float(np.quantile(draws, 0.025, method="lower")), float(np.quantile(draws, 0.975, method="higher"))
 
 
 def _seed_error(per_seed: np.ndarray) -> float:
@@ -170,7 +175,7 @@ def unpaired_normal(accuracies: np.ndarray, signs: Sequence[float], *, n_images:
 
         means = centre + of_images * stats.norm.ppf((np.arange(RESAMPLES) + 0.5) / RESAMPLES)
         draws = means + _seed_draws(per_seed, RESAMPLES, 0)
-        low, high = map(float, np.quantile(draws, (0.025, 0.975)))
+        low, high = _ends(draws)
     return Interval(
         estimate=centre,
         low=low,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from axmoe_lite.kernels import matmul
-from axmoe_lite.layers.modules import ApproxConv2d, Approximate, ApproxLinear
-from axmoe_lite.layers.network import approximable, evaluating, nobody_idle
+from axmoe_lite.layers.modules import ApproxConv2d, Approximate, ApproxLinear, first_input
+from axmoe_lite.layers.network import approximable, check_thawed, evaluating, nobody_idle
 from axmoe_lite.multipliers import EXACT, Multiplier, error_table, exact_table, multiplier
 
 Q = 256
@@ -115,9 +115,17 @@ class LayerError:
 
 @torch.no_grad()
 def input_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What reaches the layer of that name: its input, in evaluation mode, as the network computes it."""
+    """What reaches the layer of that name: its input, in evaluation mode, as the network computes it.
+
+    Raises:
+        ValueError: for a network that is frozen, or holds a frozen part.
+    """
+    check_thawed(network)
     seen: list[Tensor] = []
-    handle = network.get_submodule(name).register_forward_hook(lambda layer, args, y: seen.append(args[0]))
+    layer = network.get_submodule(name)
+    handle = layer.register_forward_hook(
+        lambda layer, args, named, y: seen.append(first_input(args, named)), with_kwargs=True
+    )
     try:
         with evaluating(network):
             network(images)
@@ -139,6 +147,9 @@ def layer_errors(network: nn.Module, images: Tensor) -> dict[str, LayerError]:
     Returns:
         A :class:`LayerError` for each approximate layer that has weights, by dotted name. What
         :func:`correct_bias` took off is no error any more.
+
+    Raises:
+        ValueError: for a network without approximate layers that have weights, or with a frozen part.
     """
     return _measure(network, images, lambda layer, x, error: None)
 
@@ -149,8 +160,8 @@ def correct_bias(network: nn.Module, calibration: Tensor) -> dict[str, LayerErro
 
     One pass: each layer is corrected before its output goes on, so the layers behind it are measured on what
     they will see. A layer without bias gets one; the exact layer that it stands for keeps what it had, so
-    ``restore`` undoes the correction, and so does ``approximate``, which makes new layers. Products of two
-    activations have no bias and stay as they are.
+    ``restore`` undoes the correction, and so does ``approximate``, which makes new layers; what training did to a
+    corrected bias meanwhile is lost then. Products of two activations have no bias and stay as they are.
 
     Args:
         network: after :func:`~axmoe_lite.layers.approximate`.
@@ -160,7 +171,7 @@ def correct_bias(network: nn.Module, calibration: Tensor) -> dict[str, LayerErro
         What was measured of each layer before it was corrected, by dotted name. ``shift`` was taken off.
 
     Raises:
-        ValueError: for a network without approximate layers that have weights.
+        ValueError: for a network without approximate layers that have weights, or with a frozen part.
     """
 
     def correct(layer: Approximate, x: Tensor, error: LayerError) -> Tensor:
@@ -176,6 +187,7 @@ def _measure(
     network: nn.Module, images: Tensor, then: Callable[[Approximate, Tensor, LayerError], Tensor | None]
 ) -> dict[str, LayerError]:
     """The error of every layer in one pass; ``then`` may hand on another output than the one that was measured."""
+    check_thawed(network)
     layers = {n: m for n, m in approximable(network).items() if isinstance(m, ApproxConv2d | ApproxLinear)}
     if not layers:
         raise ValueError(
@@ -190,7 +202,9 @@ def _measure(
         return then(layer, x, found[name])
 
     handles = [
-        layer.register_forward_hook(lambda layer, args, y, name=name: hook(name, layer, args[0], y))
+        layer.register_forward_hook(
+            lambda layer, args, named, y, name=name: hook(name, layer, first_input(args, named), y), with_kwargs=True
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -205,6 +219,7 @@ def _measure(
 def _error(layer: Approximate, x: Tensor, y: Tensor) -> LayerError:
     """The layer's output y against what the exact multiplier makes of the same bytes."""
     circuit, bias = layer.multiplier, layer.bias
+    layer.hand_over()
     try:
         _become(layer, multiplier(EXACT), layer.exact.bias)
         truth = layer.forward(x)

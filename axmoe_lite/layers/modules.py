@@ -102,6 +102,9 @@ class _Weighted(Approximate):
         self.exact.weight = self.weight
         if self.bias is not self.corrected:
             self.exact.bias = self.bias
+        elif self.exact.bias is not None and self.exact.bias.data.to(self.weight) is not self.exact.bias.data:
+            # network.double() and .to(device) reach the parameters that torch sees, and this one is hidden.
+            self.exact.bias.data, self.exact.bias.grad = self.exact.bias.data.to(self.weight), None
 
     def product(self) -> ConvProduct | LinearProduct:
         """The layer's product by law (1), made anew only when weight, bias, scale or multiplier have changed.
@@ -201,6 +204,7 @@ class ApproxLinear(_Weighted):
 class ApproxMatmul(Approximate):
     """A product of two activations by a multiplier: a [..., M, K], b [..., K, N] to [..., M, N].
 
+    Batch dimensions are broadcast as torch's own product does.
     Both operands are quantised, each on its own calibrated range; law (1) with s = s_a * s_b and no bias.
     """
 
@@ -221,10 +225,33 @@ class ApproxMatmul(Approximate):
 
     def compute(self, a: Tensor, b: Tensor) -> Tensor:
         self._check_calibrated()
-        return gradients.Activations.apply(a, b, self)
+        return gradients.Activations.apply(*spread(a, b), self)
 
     def extra_repr(self) -> str:
         return self.multiplier.name
+
+
+def spread(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the batch dimensions that ``a @ b`` gives them; autograd sums over what was spread.
+
+    Raises:
+        ValueError: for batch dimensions that do not go together.
+    """
+    if a.shape[:-2] == b.shape[:-2] or min(a.ndim, b.ndim) < 2:
+        return a, b
+    try:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"a is {list(a.shape)} and b {list(b.shape)}; dimensions before the last two must be the same in both, or"
+            " 1 in one of them."
+        ) from None
+    return a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+
+
+def first_input(args: tuple, named: dict[str, Any]) -> Any:
+    """What a layer was given first, whether by place or by name; a hook ``with_kwargs=True`` is told both."""
+    return next(iter((*args, *named.values())))
 
 
 KINDS: dict[type[nn.Module], type[Approximate]] = {

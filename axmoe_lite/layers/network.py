@@ -56,6 +56,21 @@ def check_module(network: object) -> None:
         )
 
 
+def check_thawed(network: nn.Module) -> None:
+    """Raise ValueError for a frozen network, or one with a frozen part: it answers from copies of its layers.
+
+    A frozen one is known here by its method ``thaw`` alone, see :class:`axmoe_lite.pipeline.Frozen`.
+    """
+    check_module(network)
+    for name, module in network.named_modules():
+        if hasattr(module, "thaw"):
+            what = f"holds a frozen part, {name!r}" if name else "is frozen"
+            raise ValueError(
+                f"This {type(network).__name__} {what}, which would go on answering as before; change frozen.thaw(),"
+                " the network that it was made from, and freeze it again."
+            )
+
+
 # Parts of a network that stay exact, by a component of their name.
 ROUTERS = ("gate", "gateway", "router")
 CLASSIFIERS = ("classifier", "fc", "head", "heads")
@@ -147,7 +162,8 @@ def approximate(
 
     Raises:
         ValueError: for a layer or multiplier that does not exist, a layer that was never run or makes its weight
-            anew at each call (pruning), images that are missing, empty or not finite. The network is then as it was.
+            anew at each call (pruning), a frozen part, images that are missing, empty or not finite. The network is
+            then as it was.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
     >>> x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -188,7 +204,14 @@ def approximate(
 
 
 def restore(network: nn.Module) -> nn.Module:
-    """Put the exact layers back, in place, with whatever training did to their weights; returns the network."""
+    """Put the exact layers back, in place, with whatever training did to their weights; returns the network.
+
+    A bias that :func:`~axmoe_lite.layers.correction.correct_bias` made is taken out again, and its training with it.
+
+    Raises:
+        ValueError: for a network that is frozen, or holds a frozen part.
+    """
+    check_thawed(network)
     before = approximable(network)
     _place(network, before, {name: exact_of(layer) for name, layer in before.items()})
     return network
@@ -216,7 +239,8 @@ def as_described(network: nn.Module, told: dict[str, dict]) -> nn.Module:
     """Give an exact network the layers of another's :func:`described`, in place, without their scales.
 
     Raises:
-        ValueError: for a layer or multiplier that does not exist here, or another table under a multiplier's name.
+        ValueError: for a layer or multiplier that does not exist here, another table under a multiplier's name, or a
+            frozen part.
     """
     chosen = _resolve(network, {name: said["multiplier"] for name, said in told.items()}, None)
     for name, value in chosen.items():
@@ -250,6 +274,7 @@ def chosen_multiplier(choice: Choice) -> Multiplier | Mosaic:
 
 
 def _resolve(network: nn.Module, assignment: Assignment, gradient: str | None) -> dict[str, Multiplier | Mosaic]:
+    check_thawed(network)
     known = approximable(network)
     if "" in known:
         raise ValueError(

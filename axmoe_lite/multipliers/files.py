@@ -297,7 +297,7 @@ def named(name: str) -> Multiplier:
     path, said = _parts(name)
     options: dict = {"operands": said.get("operands"), "trust": "trust" in said}
     if "power_mw" in said:
-        if not re.fullmatch(r"\d{1,9}(\.\d{1,12})?(e-?\d)?", said["power_mw"]):
+        if not re.fullmatch(r"\d{1,12}(\.\d{1,20})?(e[+-]?\d{1,3})?", said["power_mw"]):
             raise ValueError(f"{name!r}: power_mw is {said['power_mw']!r}; it is a number of milliwatts such as 0.3.")
         options["power_mw"] = float(said["power_mw"])
     if said.get("trust", "yes") != "yes":

@@ -75,8 +75,10 @@ class Multiplier:
             )
         if table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
             raise ValueError(f"The table of {self.name!r} is {table.dtype}; products are integers. Use torch.int32.")
-        if table.dtype == torch.int64 and int(table.abs().max()) >= 2**31:
-            raise ValueError(f"The table of {self.name!r} has products beyond 32 bits, up to {int(table.abs().max())}.")
+        wide = table.to(torch.float64) if table.dtype == torch.uint64 else table.long()  # torch compares no uint64
+        beyond = [int(x) for x in (wide.min(), wide.max()) if not -(2**31) <= int(x) < 2**31]
+        if beyond:
+            raise ValueError(f"The table of {self.name!r} has products beyond 32 bits, up to {max(beyond, key=abs)}.")
         object.__setattr__(self, "table", table.to(torch.int32).contiguous().clone())
 
     def __call__(self, a: int, b: int) -> int:

@@ -4,6 +4,7 @@ Chapter: 06, "Faster than float32?"
 """
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +24,50 @@ RELUS = (torch.relu, nn.functional.relu, "relu")
 RELU6S = (nn.functional.relu6,)
 ADDITIONS = (operator.add, torch.add, "add")
 WRITERS = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "matmul", "mod", "pow")
+    getattr(operator, f"i{name}"): getattr(operator, name + "_" * (name in ("and", "or")))
+    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()  # noqa: SIM905
 }
-WRITERS |= {operator.setitem: None, operator.delitem: None}
+AUGMENTED = {writer.__name__: writer for writer in WRITERS}  # not matmul: no tensor has __imatmul__
+WRITERS |= {operator.imatmul: operator.matmul, operator.setitem: None, operator.delitem: None}
+_NAMES = (  # noqa: SIM905
+    "add sub mul div truediv floordiv pow neg abs exp sqrt clone cat stack matmul bmm conv2d linear mean sum relu relu6"
+    " sigmoid tanh gelu silu hardswish hardsigmoid softmax log_softmax max_pool2d avg_pool2d batch_norm layer_norm"
+).split()
+NEW = (*_NAMES, *(getattr(space, n) for space in (operator, torch, nn.functional) for n in _NAMES if hasattr(space, n)))
+HANDING_ON = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)  # their input, or a view of it
+NUMBERS = ("size", "shape", "dim", "ndim", "numel", "nelement", "stride", "dtype", "device", "item")
+
+
+class _Augmented:
+    """+= and its like as what they are: torch.fx would take ``y += z`` for ``y = y + z``, which writes nowhere."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)
+
+
+for _name, _writer in AUGMENTED.items():
+
+    def _augment(self: fx.Proxy, other: Any, writer: Callable = _writer) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", writer, (self, other), {})
+
+    setattr(_Augmented, f"__{_name}__", _augment)
+
+
+class _Proxy(_Augmented, fx.Proxy):
+    pass
+
+
+class _Attribute(_Augmented, fx.proxy.Attribute):
+    pass
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, opaque: set[str]) -> None:
         super().__init__()
         self.opaque, self.failed = opaque, ""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, Approximate) or name in self.opaque or super().is_leaf_module(module, name)
@@ -51,7 +86,7 @@ def trace(network: nn.Module) -> tuple[fx.Graph, set[str]]:
     while True:
         tracer = _Tracer(opaque)
         try:
-            return tracer.trace(network), opaque
+            graph = tracer.trace(network)
         except Exception as reason:
             if not tracer.failed or tracer.failed in opaque:
                 raise ValueError(
@@ -59,39 +94,91 @@ def trace(network: nn.Module) -> tuple[fx.Graph, set[str]]:
                     f" ({reason}); evaluate it as it is."
                 ) from reason
             opaque.add(tracer.failed)
+        else:
+            _give_by_place(graph, dict(network.named_modules()))
+            return graph, opaque
+
+
+def _give_by_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Give approximate layers by place what they are given by name: Planner and the law look for it there."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node.kwargs and isinstance(layer := modules[node.target], Approximate):
+            node.args, node.kwargs = inspect.signature(layer.forward).bind(*node.args, **node.kwargs).args, {}
 
 
 def _without_writing(network: nn.Module, graph: fx.Graph) -> None:
     """Turn what writes into a value into what makes a new one, and let later readers read that.
 
     Raises:
-        ValueError: where somebody may read the same memory later under another name.
+        ValueError: where somebody may read the same memory later under another name, or torch has no such form.
     """
     modules, order = dict(network.named_modules()), {node: i for i, node in enumerate(graph.nodes)}
     made: set[fx.Node] = set()  # new values where something was written in place
     for node in list(graph.nodes):
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if getattr(module, "inplace", False):
-            pass  # Planner calls such modules on their own terms
-        elif node.kwargs.get("inplace"):
-            node.update_kwarg("inplace", False)
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            if not hasattr(Tensor, node.target[:-1]):
-                raise ValueError(_writes(network, node))
-            node.target = node.target[:-1]
-        elif node.op == "call_function" and node.target in WRITERS:
-            if WRITERS[node.target] is None:
-                raise ValueError(_writes(network, node))
-            node.target = WRITERS[node.target]
-        else:
+        written = _rewritten(network, node, modules)
+        if written is None:
             continue
-        written = node.args[0]
+        new = node
+        if node.op != "call_module" and not _is(node, ADDITIONS + RELUS + RELU6S):
+            with graph.inserting_after(node):  # what is written keeps its type: y.ge_(0) makes no bools of floats
+                new = graph.call_method("type_as", (node, written))
+            order[new] = order[node]
+            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
         for user in list(written.users):
             if order[user] > order[node]:
-                user.replace_input_with(written, node)
-        made.add(node)
+                user.replace_input_with(written, new)
+        made |= {node, new}
         if any(order[user] > order[node] for other in _aliases(written, modules, made) for user in other.users):
-            raise ValueError(_writes(network, node))
+            raise ValueError(_writes(network, node, written))
+
+
+def _rewritten(network: nn.Module, node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """What a node writes into, if it does; the node is changed into one that makes a new value."""
+    written = node.args[0] if node.args else node.kwargs.get("input")
+    if node.op == "call_module" and getattr(modules[node.target], "inplace", False):
+        return written  # Planner calls such modules on their own terms
+    if node.op not in ("call_method", "call_function"):
+        return None
+    if node.kwargs.get("inplace"):
+        node.update_kwarg("inplace", False)
+        return written
+    if node.kwargs.get("out") is not None:
+        written, without = node.kwargs["out"], node.target
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    elif node.target in WRITERS:
+        without = WRITERS[node.target]
+    elif (without := _writing_form(node.target)) == node.target:
+        return None
+    if without is None or not isinstance(written, fx.Node):
+        raise ValueError(_writes(network, node, written))
+    augmented = getattr(node.target, "__name__", "") in AUGMENTED
+    node.target = without
+    return None if augmented and _is_number(written) else written
+
+
+def _writing_form(target: str | Callable) -> str | Callable | None:
+    """The function or method that makes a new value where this one writes; itself if it does not; None: there is none.
+
+    By torch's own convention: a name that ends in one underscore writes.
+    """
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    plain = name[:-1]
+    if not name.endswith("_") or name.endswith("__") or getattr(operator, name, None) is target:  # operator.and_
+        return target
+    if isinstance(target, str):
+        return plain if hasattr(Tensor, plain) else None
+    spaces = [space for space in (torch, nn.functional) if getattr(space, name, None) is target]
+    return next((getattr(space, plain) for space in spaces if hasattr(space, plain)), None)
+
+
+def _is_number(node: Any) -> bool:
+    """Whether a value is a number or a shape, as far as can be told: += gives such a name a new one."""
+    if not isinstance(node, fx.Node):
+        return True
+    if node.op == "call_method" or node.target is getattr:
+        return (node.target if node.op == "call_method" else node.args[1]) in NUMBERS
+    of_operators = node.op == "call_function" and getattr(operator, node.target.__name__, None) is node.target
+    return of_operators and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
 
 
 def _aliases(node: fx.Node, modules: dict[str, nn.Module], made: set[fx.Node]) -> set[fx.Node]:
@@ -99,8 +186,10 @@ def _aliases(node: fx.Node, modules: dict[str, nn.Module], made: set[fx.Node]) -
 
     def may_be_a_view(node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(modules[node.target], nn.Identity | nn.Dropout | nn.Flatten | nn.Unflatten)
-        known = node in made or _is(node, ADDITIONS + RELUS + RELU6S)
+            module = modules[node.target]
+            foreign = not type(module).__module__.startswith("torch.nn.") and not isinstance(module, Approximate)
+            return foreign or isinstance(module, HANDING_ON)
+        known = node in made or _is(node, NEW) or _is_number(node)
         return node.op in ("call_method", "call_function") and not known
 
     found, todo = set(), [node]
@@ -113,9 +202,9 @@ def _aliases(node: fx.Node, modules: dict[str, nn.Module], made: set[fx.Node]) -
     return found - {node}
 
 
-def _writes(network: nn.Module, node: fx.Node) -> str:
+def _writes(network: nn.Module, node: fx.Node, written: Any) -> str:
     return (
-        f"This {type(network).__name__} writes into {node.args[0]} in place ({node}), which may be read elsewhere, so"
+        f"This {type(network).__name__} writes into {written} in place ({node}), which may be read elsewhere, so"
         " it has no frozen form; evaluate it as it is, or make a new value there."
     )
 
@@ -160,6 +249,8 @@ class Planner:
         product = layer.product()
         if layer.image_padding is not None:
             self.eager[node.target] = f"padding {layer.padding!r} ({layer.padding_mode}) is done on floats"
+        elif layer.weight.dtype != torch.float32:
+            self.eager[node.target] = f"it answers in {layer.weight.dtype}, the pipeline in float32"
         elif not product.bytewise:
             self.eager[node.target] = f"{layer.multiplier.name} does not run on int8 units here"
         elif product.units(0 if product.factors.unsigned else 128) is None:

@@ -16,7 +16,7 @@ from axmoe_lite.kernels import factored, int8, reference
 from axmoe_lite.kernels.encode import LIMIT, encode
 from axmoe_lite.kernels.products import ConvProduct
 from axmoe_lite.layers import ApproxConv2d
-from axmoe_lite.layers.modules import Approximate
+from axmoe_lite.layers.modules import Approximate, spread
 
 
 @dataclass(eq=False)
@@ -35,7 +35,10 @@ class Run:
     def law(self, values: dict) -> Any:
         if isinstance(self.call, Approximate):
             args = fx.node.map_arg(self.node.args, lambda n: values[n])
-            return _layer_by_law(self.call, *args)
+            y = _layer_by_law(self.call, *args)
+            if hasattr(self.call, "weight"):
+                return y.to(self.call.weight.dtype)
+            return y if torch.is_autocast_enabled(y.device.type) else y.to(torch.result_type(*args))
         return self.run(values, {})
 
 
@@ -165,7 +168,8 @@ def _layer_by_law(layer: Approximate, *inputs: Tensor) -> Tensor:
     """An approximate layer that stayed eager, on the reference product."""
     table = layer.multiplier.table
     if not hasattr(layer, "product"):
-        a, b = (codes_of_law(x, float(1.0 / getattr(layer, s))) for x, s in zip(inputs, layer.SCALES, strict=True))
+        scales = (float(1.0 / getattr(layer, scale).float()) for scale in layer.SCALES)
+        a, b = (codes_of_law(x, inverse) for x, inverse in zip(spread(*inputs), scales, strict=True))
         pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
         sums = torch.stack([reference.matmul(x, y, table) for x, y in pairs])
         return sums.view(*a.shape[:-1], b.shape[-1]).float() * (layer.scale_a * layer.scale_b)

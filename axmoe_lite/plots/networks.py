@@ -95,7 +95,7 @@ def learning_curve(history: list[dict], *, title: str) -> alt.Chart:
 STATES = {
     "not retrained": "as it was trained",
     "norms refreshed": "BatchNorm's averages taken anew, no weight trained",
-    "other signs": "averages anew, and every other channel negated, no weight trained",
+    "other weights": "averages anew, and each weight stored as the circuit multiplies it best, none trained",
     "retrained": "retrained under the circuit: five epochs of 2,500 images",
 }
 
@@ -104,7 +104,7 @@ def healing(rows: list[dict]) -> alt.LayerChart:
     """The book's front page: what each circuit leaves of one dense network, and what brings it back.
 
     Args:
-        rows: of a study (:func:`axmoe_lite.study.run`), of one network and seed, dense; also under ``signs:`` circuits.
+        rows: of a study (:func:`axmoe_lite.study.run`), of one network and seed, dense; ``tuned_relu:`` circuits too.
 
     Raises:
         ValueError: for rows without evidence, or of several networks, topologies or seeds.
@@ -114,10 +114,10 @@ def healing(rows: list[dict]) -> alt.LayerChart:
         if len(found := sorted({str(row[column]) for row in rows})) != 1:
             raise ValueError(f"The front page shows one {column}; these rows have {', '.join(found) or 'none'}.")
     table = pd.DataFrame(rows)
-    signs = table["multiplier"].str.startswith("signs:")
-    table = table[~signs | (table["regime"] == "norms refreshed")]
-    table["regime"] = table["regime"].mask(signs, "other signs")
-    table["multiplier"] = table["multiplier"].str.removeprefix("signs:")
+    tuned = table["multiplier"].str.startswith("tuned_relu:")
+    table = table[~tuned | (table["regime"] == "norms refreshed")]
+    table["regime"] = table["regime"].mask(tuned, "other weights")
+    table["multiplier"] = table["multiplier"].str.removeprefix("tuned_relu:")
     table = table.query("multiplier != 'float32' and regime in @STATES")
     table = table.astype({"top1": float, "power_mw": float})
     exact = table.query("multiplier == @EXACT and regime == 'not retrained'").iloc[0]

@@ -34,7 +34,7 @@ from axmoe_lite import kernels, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.kernels.encode import codes_of
 from axmoe_lite.layers import Matmul, approximable, assignment_of, default_layers, evaluating
-from axmoe_lite.layers.modules import ApproxConv2d, ApproxLinear
+from axmoe_lite.layers.modules import ApproxConv2d, ApproxLinear, first_input
 from axmoe_lite.layers.network import exact_kind
 from axmoe_lite.multipliers import EXACT, Multiplier, error_table, multiplier
 from axmoe_lite.train import calibrate
@@ -357,7 +357,9 @@ def _visit(
 
     for name in names:
         layer = copied.get_submodule(name)
-        layer.register_forward_hook(lambda layer, args, y, name=name: hook(name, layer, args[0]))
+        layer.register_forward_hook(
+            lambda layer, args, named, y, name=name: hook(name, layer, first_input(args, named)), with_kwargs=True
+        )
     with evaluating(copied), moe.no_idle_experts(copied):
         copied(images.normalised(some))
     assert not waiting, f"{waiting} were called while calibrating, but not now"

@@ -6,6 +6,7 @@ Chapter: 09, "What does accuracy cost?"
 import copy
 import difflib
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from axmoe_lite.datasets import Images
 from axmoe_lite.layers import default_layers
 from axmoe_lite.models import upcycle
 from axmoe_lite.multipliers import EXACT
-from axmoe_lite.train import fit, gateway_of, load, recipe
+from axmoe_lite.train import fit, gateway_of, load
+from axmoe_lite.train import recipe as recipe_of
 from axmoe_lite.train.clusters import CLUSTERS
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -153,18 +155,18 @@ def exact(
     chosen = {"progress": progress, **(fit_options or {})}
 
     def learn(model: nn.Module, name: str, stage: str, n_epochs: int, origin: str = "") -> nn.Module:
-        options = {**recipe(model, stage=stage), **chosen}
+        options = {**recipe_of(model, stage=stage), **chosen}
         file = f"fit-{name}-{images.name}-seed{seed}-epochs{n_epochs}{origin}.safetensors"
         file = None if folder is None else Path(folder) / file
         stored = paths.checkpoints_dir() / f"{name}-{images.name}-seed{seed}-epochs{n_epochs}.safetensors"
-        asked = {"dataset": images.name, "n_train": len(images.x_train), "epochs": n_epochs, "seed": seed, **options}
+        asked = {"dataset": images.name, "data": images.digest, "epochs": n_epochs, "seed": seed, **options}
         if not (stage == "train" and stored.exists() and _taken(model, stored, asked)):
             fit(model, images, epochs=n_epochs, seed=seed, checkpoint=file, **options)
         return model
 
     if isinstance(network, str):
         dense = build(network, images, seed=seed, **(build_options or {})).to(device)
-        learn(dense, network, "train", epochs)
+        learn(dense, network, "train", epochs, _unusual(build_options))
     else:
         dense = network
     if topology == "dense":
@@ -172,10 +174,10 @@ def exact(
     options = {"experts": experts, "r": r, "seed": seed, **(upcycle_options or {})}
     gateway_epochs = epochs if gateway_epochs is None else gateway_epochs
     given = (options, by, gateway, gateway_epochs, gateway_options) if topology == "cluster" else options
-    origin = f"-from-{_digest(dense, given)}"
+    origin = f"-from-{digest_of(dense, given)}"
     if topology == "cluster":
         teacher = build(gateway, images, seed=seed, **(gateway_options or {})).to(device_of(dense))
-        learn(teacher, gateway, "train", gateway_epochs)
+        learn(teacher, gateway, "train", gateway_epochs, _unusual(gateway_options))
         options["gateway"] = gateway_of(teacher, images, experts=experts, by=by, seed=seed)
     name = f"{network if isinstance(network, str) else type(network).__name__}-{topology}{experts}"
     return learn(upcycle(dense, topology=topology, **options), name, "upcycle", upcycle_epochs, origin)
@@ -187,7 +189,9 @@ def _taken(model: nn.Module, stored: Path, asked: dict) -> bool:
         recipe = load(copied := copy.deepcopy(model), stored)
     except ValueError:  # another width, or another number of classes
         return False
-    if any(recipe[key] != value for key, value in asked.items() if key in recipe):
+    usual = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
+    made = {**usual, **recipe_of(model, stage="train"), **recipe}
+    if any(made.get(key) != value for key, value in asked.items() if key != "progress"):
         return False
     model.load_state_dict(copied.state_dict())
     return True
@@ -207,7 +211,12 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"No {kind} is called {name!r}.{hint} There are {', '.join(known) or 'none'}.")
 
 
-def _digest(network: nn.Module, options: object) -> str:
+def _unusual(options: dict | None) -> str:
+    """What a file's name says of options for :func:`build`: nothing where there are none."""
+    return f"-{hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:8]}" if options else ""
+
+
+def digest_of(network: nn.Module, options: object) -> str:
     """Eight letters that differ where the weights or the options do."""
     found = hashlib.sha256(repr(options).encode())
     for name, value in network.state_dict().items():

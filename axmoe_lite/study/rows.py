@@ -19,7 +19,7 @@ from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable, approximate, assignment_of, default_layers
 from axmoe_lite.layers.correction import correct_bias
 from axmoe_lite.multipliers import EXACT, Mosaic, Multiplier, errors, multiplier
-from axmoe_lite.study.networks import check_known, device_of
+from axmoe_lite.study.networks import check_known, device_of, digest_of
 from axmoe_lite.train import calibrate, norms_of, predict, refresh_norms, retrain
 
 REGIMES = ("not retrained", "bias corrected", "norms refreshed", "retrained")
@@ -66,8 +66,9 @@ def measure(
         calibrate_options, retrain_options: see :func:`~axmoe_lite.train.calibrate` (``n``, ``per_channel``) and
             :func:`~axmoe_lite.train.retrain` (``seed``, ``lr``).
         skip: (multiplier, regime) pairs that are known already.
-        checkpoint: a file name for half-finished retraining, in which ``{multiplier}`` becomes the name. It is
-            removed when the row after it is asked for, or the end.
+        checkpoint: a file name for half-finished retraining, in which ``{multiplier}`` becomes the name and eight
+            letters for what it started from and how, so that nothing else resumes from it. It is removed when the row
+            after it is asked for, or the end.
 
     Returns:
         An iterator over dicts, one a multiplier and regime: ``multiplier``, ``regime``, ``retrain_epochs``,
@@ -119,9 +120,13 @@ def measure(
     def one(name: str, wanted: list[str]) -> Iterator[dict]:
         start, table = time.perf_counter(), tables[name]
         calibrated = copy.deepcopy(in_bytes() if table else network)
-        file = None if checkpoint is None else str(checkpoint).replace("{multiplier}", name.replace(":", "-"))
         if table:
             approximate(calibrated, dict.fromkeys(layers, table))
+        file = None
+        if checkpoint is not None and "retrained" in wanted:  # another network or other options have another file
+            given = [sorted((options or {}).items()) for options in (calibrate_options, retrain_options)]
+            begun = digest_of(calibrated, (retrain_epochs, retrain_images, given))
+            file = str(checkpoint).replace("{multiplier}", f"{name.replace(':', '-')}-{begun}")
         for regime in wanted:
             healed = calibrated if regime == wanted[-1] else copy.deepcopy(calibrated)
             outcome = _heal(healed, regime, images, checkpoint=file, **retraining)
@@ -143,7 +148,7 @@ def measure(
                 "answers": pack_answers(right),
             }
             start = time.perf_counter()  # what the caller did with the row is not the next row's time
-        if file is not None and "retrained" in wanted:
+        if file is not None:
             for epoch in range(1, retrain_epochs + 1):
                 Path(file.replace("{epoch}", str(epoch))).unlink(missing_ok=True)
 

@@ -74,6 +74,8 @@ def at_hand(
         changes: arguments of :func:`exact`, such as ``seed`` and ``folder``, or others than at hand.
     """
     check_known("network", network, AT_HAND)
+    for name in changes:
+        check_known("option of at_hand()", name, _OF_EXACT)
     settings = {"upcycle_epochs": 0, **AT_HAND[network], **changes}
     options = {key: value for key, value in settings.items() if key in _OF_EXACT}
     return exact(start or network, images, topology=topology, **{**settings.get("exact_options", {}), **options})

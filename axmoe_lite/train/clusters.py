@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import evaluating
+from axmoe_lite.layers.modules import first_input
 from axmoe_lite.moe import GroupedScores, check_option
 
 CLUSTERS = ("features", "classes")
@@ -83,7 +84,9 @@ def _last_linear(network: nn.Module) -> tuple[str, nn.Linear]:
 def _inputs_of(layer: nn.Module, network: nn.Module, images: Images) -> Tensor:
     """What the layer receives for the training images: [N, D], on the CPU."""
     seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1).cpu()))
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, named: seen.append(first_input(args, named).flatten(1).cpu()), with_kwargs=True
+    )
     device = next(network.parameters()).device
     try:
         with evaluating(network):

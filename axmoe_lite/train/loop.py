@@ -110,6 +110,7 @@ def fit(
         moe.check_option(name, value, allowed)
     settings = {
         "images": images.name,
+        "data": images.digest,
         "n_train": len(images.x_train),
         "model": type(model).__name__,
         "epochs": epochs,
@@ -212,6 +213,7 @@ def _if_it_matters(
         found["clip_norm"] = clip_norm
     if moe.mixtures(model):
         found["mixtures"] = {name: f"{type(m).__name__} of {len(m.experts)}" for name, m in moe.mixtures(model).items()}
+    if _learning(model):
         found["balance"] = balance
     if assignment_of(model):
         found["assignment"] = assignment_of(model)
@@ -260,8 +262,7 @@ def _one_epoch(
     device, n = images.x_train.device, len(images.x_train)
     order = torch.randperm(n, generator=generator)
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    learning = [name for name, layer in moe.mixtures(model).items() if isinstance(layer, moe.HardMoE)]
-    learning = learning if settings["balance"] else []
+    learning = _learning(model) if settings["balance"] else []
     model.train()
     with contextlib.ExitStack() as during:
         during.enter_context(torch.random.fork_rng(devices=[]))
@@ -295,13 +296,18 @@ def _one_epoch(
     return loss_sum.item() / n, correct.item() / n
 
 
+def _learning(model: nn.Module) -> list[str]:
+    """The mixtures whose gates learn. A frozen gate has nothing to balance: its layers would be bent to please it."""
+    hard = {name: layer for name, layer in moe.mixtures(model).items() if isinstance(layer, moe.HardMoE)}
+    return [name for name, layer in hard.items() if any(p.requires_grad for p in layer.gate.parameters())]
+
+
 def _imbalance(seen: dict[str, list[moe.Routing]], learning: list[str]) -> Tensor | float:
     """The load-balancing losses of the step just made, of gates that learn; what was seen is then forgotten."""
     total: Tensor | float = 0.0
     for name in learning:
         for routing in seen[name]:
-            if routing.probabilities.requires_grad:
-                total = total + moe.load_balance(routing)
+            total = total + moe.load_balance(routing)
     for routings in seen.values():
         routings.clear()
     return total

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from axmoe_lite import moe
 from axmoe_lite.datasets import Images
-from axmoe_lite.layers import approximate, evaluating, restore
+from axmoe_lite.layers import approximate, assignment_of, evaluating, restore
 from axmoe_lite.multipliers import EXACT, errors, multiplier
 
 
@@ -81,30 +81,40 @@ def resilience(
     This is AxMoE's first question (intrinsic resilience). The network is left exact, as it was.
 
     Args:
-        names: multipliers, each given to all of :func:`axmoe_lite.layers.default_layers`.
+        names: multipliers, each given to all of :func:`axmoe_lite.layers.default_layers`; ``"float32"`` always comes
+            first, and need not be named.
         calibration: normalised training images [N, C, H, W] that set the activation ranges, once for all.
 
     Returns:
         One dict a multiplier, ``"float32"`` first: ``multiplier``, ``digest`` of its table, ``power_mw``,
         ``mean_error``, ``top1`` in [0, 1], ``correct`` (of the test images), ``seconds``.
+
+    Raises:
+        ValueError: for a multiplier that does not exist, or a network that is approximate already; before any work.
     """
-    rows = []
-    for name in tqdm(["float32", *names], desc="resilience", disable=not progress):
-        found = None if name == "float32" else multiplier(name)
-        if found is not None:
-            approximate(network, found, calibration=calibration if len(rows) == 1 else None)
-        start = time.perf_counter()
-        correct = int((predict(network, images, progress=False) == images.y_test.cpu()).sum())
-        rows.append(
-            {
-                "multiplier": name,
-                "digest": found.digest if found else "float32",
-                "power_mw": found.power_mw if found else multiplier(EXACT).power_mw,
-                "mean_error": errors(found).mean_error if found else 0.0,
-                "top1": correct / len(images.x_test),
-                "correct": correct,
-                "seconds": round(time.perf_counter() - start, 2),
-            }
+    if assignment_of(network):
+        raise ValueError(
+            f"This {type(network).__name__} has approximate layers already; restore() it before resilience()."
         )
-    restore(network)
+    tables = {name: multiplier(name) for name in names if name != "float32"}
+    rows: list[dict] = []
+    try:
+        for name, found in tqdm([("float32", None), *tables.items()], desc="resilience", disable=not progress):
+            if found is not None:
+                approximate(network, found, calibration=None if assignment_of(network) else calibration)
+            start = time.perf_counter()
+            correct = int((predict(network, images, progress=False) == images.y_test.cpu()).sum())
+            rows.append(
+                {
+                    "multiplier": name,
+                    "digest": found.digest if found else "float32",
+                    "power_mw": found.power_mw if found else multiplier(EXACT).power_mw,
+                    "mean_error": errors(found).mean_error if found else 0.0,
+                    "top1": correct / len(images.x_test),
+                    "correct": correct,
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+            )
+    finally:
+        restore(network)
     return rows

@@ -64,28 +64,32 @@ def refresh_norms(
         The same network, in place.
 
     Raises:
-        ValueError: for a network in which no BatchNorm keeps averages, such as a transformer.
+        ValueError: for a network in which no BatchNorm keeps averages, such as a transformer. Whatever is raised, or
+            interrupts, leaves the averages as they were.
     """
     moe.check_option("augment", augment, AUGMENTATIONS)
     norms = norms_of(network)
     if not norms:
         raise ValueError(f"This {type(network).__name__} has no BatchNorm that keeps averages; retrain() still works.")
     generator = torch.Generator().manual_seed(seed)
-    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    with evaluating(network):  # which gives every module its own mode back
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # each batch counts alike
-            norm.train()
-        for x in images.subset(n_train=n).x_train.split(batch_size):
-            x = x if augment == "none" else crop_flip(x, generator=generator, flip=augment == "crop_flip")
-            x = images.normalised(x.to(norms[0].running_mean.device))
-            network(x.contiguous(memory_format=torch.channels_last))
-    for norm, (momentum, mean, var) in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        if not norm.num_batches_tracked:
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(var)
+    before = [(norm.momentum, {name: kept.clone() for name, kept in norm.named_buffers()}) for norm in norms]
+    finished = False
+    try:
+        with evaluating(network):  # which gives every module its own mode back
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # each batch counts alike
+                norm.train()
+            for x in images.subset(n_train=n).x_train.split(batch_size):
+                x = x if augment == "none" else crop_flip(x, generator=generator, flip=augment == "crop_flip")
+                x = images.normalised(x.to(norms[0].running_mean.device))
+                network(x.contiguous(memory_format=torch.channels_last))
+        finished = True
+    finally:
+        for norm, (momentum, kept) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if not (finished and norm.num_batches_tracked):
+                norm.load_state_dict({**norm.state_dict(), **kept})
     return network
 
 

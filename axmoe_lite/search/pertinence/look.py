@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from axmoe_lite import cost, moe
 from axmoe_lite.datasets import Images
 from axmoe_lite.layers import approximable, evaluating
-from axmoe_lite.layers.modules import Approximate
+from axmoe_lite.layers.modules import Approximate, first_input
 from axmoe_lite.layers.network import exact_kind
 from axmoe_lite.pipeline import Frozen
 from axmoe_lite.runs import store
@@ -161,7 +161,11 @@ def _seen(
     if head is not None:
         features = found["features"] = []
         layer = network.get_submodule(head)
-        hooks.append(layer.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(1).float().cpu())))
+
+        def hold(_: nn.Module, args: tuple, named: dict) -> None:
+            features.append(first_input(args, named).flatten(1).float().cpu())
+
+        hooks.append(layer.register_forward_pre_hook(hold, with_kwargs=True))
     try:
         with evaluating(network):
             for x in tqdm(images.x_test.split(batch_size), desc=name, leave=False, disable=not progress):
