@@ -87,7 +87,8 @@ def held(what: str, at: int, since: float) -> Held:
 
 
 def _is_tensor(thing: object) -> bool:
-    return issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided
+    # The stand-ins with which torch.compile traces, which its caches hold on to, have no memory.
+    return type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided
 
 
 @contextlib.contextmanager

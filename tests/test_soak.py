@@ -9,6 +9,7 @@ import psutil
 import pytest
 import soak
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from axmoe_lite import Multiplier, factorise, models, multiplier, runs
 from axmoe_lite.kernels import factored, lookup
@@ -51,6 +52,14 @@ def test_a_leak_of_one_table_a_round_is_noticed(few_kept, monkeypatch):
     assert seen[-1].tensors_mb - seen[1].tensors_mb > 2 * A_TABLE_MB, "four rounds, about four tables"
 
 
+def test_tensors_without_memory_are_not_counted():
+    before = soak.held("runs", 1, 0.0).tensors_mb
+    with FakeTensorMode():
+        traced = torch.empty(1000, 1000)  # what a compiled network's caches hold on to
+    kept = torch.empty(1000, 250)
+    assert soak.held("runs", 1, 0.0).tensors_mb == pytest.approx(before + 1, abs=0.01) and len(traced) == len(kept)
+
+
 def held(at: int, **changed) -> soak.Held:
     return dataclasses.replace(soak.Held("runs", at, 500.0, 1.0, 6, 2, 0, 0, 1.0), **changed)
 
@@ -85,10 +94,12 @@ def test_a_run_that_leaves_a_file_and_a_process_behind_is_noticed(monkeypatch):
         return real(path, given, perform=runs.pretend, **options)
 
     monkeypatch.setattr(soak.runs, "sweep", littering)
-    seen = list(soak.swept(4, every=1, cell="n"))
-    for process in left:
-        process.kill()
-        process.wait()
+    try:
+        seen = list(soak.swept(4, every=1, cell="n"))
+    finally:
+        for process in left:
+            process.kill()
+            process.wait()
     grew = [one.partition(":")[0] for one in soak.grown(seen)]
     assert grew == ["handles", "children", "left"], seen
 
