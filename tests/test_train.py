@@ -269,15 +269,23 @@ def test_retraining_heals_and_leaves_frozen_gates_alone(textures, hard, frozen):
     assert all(p.requires_grad for p in hard.parameters()), "after the call they can learn again"
 
 
-def test_a_frozen_gate_is_not_balanced(textures):
+def test_a_frozen_gate_is_balanced_only_if_asked_for(textures, tmp_path):
     # The layers before it would be bent to please it, in a Hard network and in no other topology.
-    def retrained(balance):
-        network = models.upcycle(models.resnet8(classes=4, seed=2), topology="hard", experts=3, r=0.5)
+    def retrained(topology="hard", checkpoint=None, **options):
+        network = models.upcycle(models.resnet8(classes=4, seed=2), topology=topology, experts=3, r=0.5)
         train.calibrate(network, "mul8s_1KV6", textures, n=32)
-        train.retrain(network, textures, epochs=1, balance=balance, batch_size=32, augment="none", progress=False)
+        options |= {"batch_size": 32, "augment": "none", "progress": False, "checkpoint": checkpoint}
+        train.retrain(network, textures, epochs=1, **options)
         return weights(network)
 
-    assert same(retrained(0.0), retrained(100.0))
+    left = retrained(balance=0.0)
+    assert same(left, retrained(balance=1.0)) and same(left, retrained(balance=0.0, balance_frozen=True))
+    assert not same(left, retrained(balance=1.0, balance_frozen=True))
+    assert same(*(retrained("soft", balance=1.0, balance_frozen=frozen) for frozen in (False, True)))
+    for frozen, file in ((False, tmp_path / "left.safetensors"), (True, tmp_path / "bent.safetensors")):
+        retrained(checkpoint=file, balance=1.0, balance_frozen=frozen)
+        with pytest.raises(ValueError, match="balance_frozen"):
+            retrained(checkpoint=file, balance=1.0, balance_frozen=not frozen)
 
 
 def test_retraining_reports_divergence_and_keeps_the_last_good_network(textures, network):

@@ -56,6 +56,7 @@ def fit(
     clip_norm: float = 0.0,
     label_smoothing: float = 0.0,
     balance: float = 0.01,
+    balance_frozen: bool = False,
     augment: str = "crop_flip",
     precision: str = "float32",
     seed: int = 0,
@@ -77,6 +78,7 @@ def fit(
         clip_norm: gradients longer than this are shortened to it; 0 leaves them.
         balance: alpha, the weight of the load-balancing loss of each :class:`~axmoe_lite.moe.HardMoE` whose gate
             learns (not from the paper: 0.01, as in Switch Transformer).
+        balance_frozen: that loss also where the gate is frozen, so that the layers before it are bent to please it.
         augment: ``"crop_flip"``, ``"crop"`` (for images that mean something else mirrored) or ``"none"``.
         precision: ``"float32"``, or ``"bf16"`` for mixed precision, in which the sums of approximate products are
             still exact and only what a layer hands on is rounded.
@@ -124,12 +126,17 @@ def fit(
         "precision": precision,
         "seed": seed,
     }
-    settings |= _if_it_matters(model, optimiser=optimiser, clip_norm=clip_norm, balance=balance, penalty=penalty)
+    balanced = _balanced(model, frozen=balance_frozen)
+    settings |= _if_it_matters(model, optimiser=optimiser, clip_norm=clip_norm, penalty=penalty)
+    if balanced:
+        settings["balance"] = balance
+    if balanced != _balanced(model, frozen=False):
+        settings["balance_frozen"] = True
     device = next(model.parameters()).device
     images = images.to(device)
     check_fits(model, images)
     stepper = _optimiser(model, optimiser, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    all_settings = {"clip_norm": clip_norm, "balance": balance, **settings}
+    all_settings = {"clip_norm": clip_norm, "balanced": balanced if balance else [], **settings}
     options = {"evaluate_every": evaluate_every, "penalty": penalty, "checkpoint": checkpoint, "progress": progress}
     with checkpoints.alone(checkpoint):
         return _epochs(model, images, stepper, settings, all_settings, **options)
@@ -202,9 +209,7 @@ def _check_options(epochs: int, lr: float, batch_size: int) -> None:
         )
 
 
-def _if_it_matters(
-    model: nn.Module, *, optimiser: str, clip_norm: float, balance: float, penalty: Callable[[], Tensor] | None
-) -> dict:
+def _if_it_matters(model: nn.Module, *, optimiser: str, clip_norm: float, penalty: Callable[[], Tensor] | None) -> dict:
     """Settings that a checkpoint names only where they change something, so that older files still resume."""
     found: dict = {}
     if optimiser != "sgd":
@@ -213,8 +218,6 @@ def _if_it_matters(
         found["clip_norm"] = clip_norm
     if moe.mixtures(model):
         found["mixtures"] = {name: f"{type(m).__name__} of {len(m.experts)}" for name, m in moe.mixtures(model).items()}
-    if _learning(model):
-        found["balance"] = balance
     if assignment_of(model):
         found["assignment"] = assignment_of(model)
     if penalty is not None:
@@ -262,12 +265,12 @@ def _one_epoch(
     device, n = images.x_train.device, len(images.x_train)
     order = torch.randperm(n, generator=generator)
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    learning = _learning(model) if settings["balance"] else []
+    balanced = settings["balanced"]
     model.train()
     with contextlib.ExitStack() as during:
         during.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(generator.initial_seed())  # for layers that draw their own noise
-        seen = during.enter_context(moe.watching(model)) if learning else {}
+        seen = during.enter_context(moe.watching(model)) if balanced else {}
         if settings["precision"] == "bf16":
             during.enter_context(small_convolutions(model))
         for step, batch in enumerate(order.split(settings["batch_size"])):
@@ -282,8 +285,8 @@ def _one_epoch(
                 scores = model(x)
             loss = nn.functional.cross_entropy(scores.float(), y, label_smoothing=settings["label_smoothing"])
             optimiser.zero_grad(set_to_none=True)
-            more = 0.0 if penalty is None else penalty()
-            (loss + settings["balance"] * _imbalance(seen, learning) + more).backward()
+            imbalance = settings["balance"] * _imbalance(seen, balanced) if balanced else 0.0
+            (loss + imbalance + (0.0 if penalty is None else penalty())).backward()
             if settings.get("clip_norm"):
                 nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
             optimiser.step()
@@ -296,16 +299,16 @@ def _one_epoch(
     return loss_sum.item() / n, correct.item() / n
 
 
-def _learning(model: nn.Module) -> list[str]:
-    """The mixtures whose gates learn. A frozen gate has nothing to balance: its layers would be bent to please it."""
+def _balanced(model: nn.Module, *, frozen: bool) -> list[str]:
+    """The mixtures that a load-balancing loss is for: those whose gates learn, or ``frozen`` ones as well."""
     hard = {name: layer for name, layer in moe.mixtures(model).items() if isinstance(layer, moe.HardMoE)}
-    return [name for name, layer in hard.items() if any(p.requires_grad for p in layer.gate.parameters())]
+    return [name for name, layer in hard.items() if frozen or any(p.requires_grad for p in layer.gate.parameters())]
 
 
-def _imbalance(seen: dict[str, list[moe.Routing]], learning: list[str]) -> Tensor | float:
-    """The load-balancing losses of the step just made, of gates that learn; what was seen is then forgotten."""
+def _imbalance(seen: dict[str, list[moe.Routing]], balanced: list[str]) -> Tensor | float:
+    """The load-balancing losses of the step just made; what was seen is then forgotten."""
     total: Tensor | float = 0.0
-    for name in learning:
+    for name in balanced:
         for routing in seen[name]:
             total = total + moe.load_balance(routing)
     for routings in seen.values():

@@ -137,7 +137,8 @@ def retrain(
     Args:
         network: one in which :func:`calibrate` or :func:`~axmoe_lite.approximate` has placed multipliers.
         freeze_gates: AxMoE's choice; otherwise gates learn too, with their load-balancing loss.
-        options: of :func:`fit`, instead of those of :func:`~axmoe_lite.train.recipe`.
+        options: of :func:`fit`, instead of those of :func:`~axmoe_lite.train.recipe`. Whether the paper keeps the
+            load-balancing loss while gates are frozen is not known to us; ``balance_frozen=True`` does.
 
     Raises:
         ValueError: if no layer is approximate, or for an option that :func:`fit` refuses. Divergence raises nothing: it
