@@ -134,4 +134,4 @@ def _only_one(row: Mapping) -> str:
     """The circuit that all layers of a row's assignment have, in short; "" if there are several."""
     assignment = row.get("assignment") or "{}"
     used = set((json.loads(assignment) if isinstance(assignment, str) else assignment).values())
-    return used.pop().replace("mul8s_1", "").removeprefix("signs:") if len(used) == 1 else ""
+    return used.pop().rpartition(":")[2].replace("mul8s_1", "") if len(used) == 1 else ""
