@@ -121,13 +121,15 @@ class Images:
 
 
 def _statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Summed as integers, so that every machine gets the same bits."""
-    histogram = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in x.transpose(0, 1)]).cpu()
-    value, n = torch.arange(256), x.numel() // x.shape[1]
-    mean = (histogram * value).sum(1).double() / n
-    variance = (histogram * value**2).sum(1).double() / n - mean**2
-    std = variance.clamp_min(1).sqrt()
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+    """In whole numbers up to one division and one root, which every machine rounds alike."""
+    means, deviations = [], []
+    for channel in x.transpose(0, 1).cpu():
+        counts = torch.bincount(channel.flatten(), minlength=256).tolist()
+        n = sum(counts)
+        total, squares = (sum(count * value**power for value, count in enumerate(counts)) for power in (1, 2))
+        means.append(total / (255 * n))
+        deviations.append(math.sqrt(max(1.0, (n * squares - total**2) / n**2)) / 255)
+    return tuple(means), tuple(deviations)
 
 
 def _check_split(where: str, x: Tensor, y: Tensor, classes: int) -> None:

@@ -1,10 +1,13 @@
 """Image sets: the offline ones are real and learnable, the others refuse what is damaged."""
 
 import dataclasses
+import json
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from axmoe_lite import datasets, models, paths
 from axmoe_lite.datasets import Images, crop_flip
@@ -66,6 +69,26 @@ def test_a_subset_keeps_every_class_and_the_statistics():
     assert len(images.subset(n_test=5).x_train) == 100
     with pytest.raises(ValueError, match="subset of 0"):
         images.subset(n_test=0)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in paths.checkpoints_dir().glob("*.safetensors")))
+def test_committed_networks_know_their_images_on_every_machine(file):
+    # A mean that another processor rounds otherwise would have them trained again, in silence.
+    with safe_open(paths.checkpoints_dir() / file, "pt") as stored:
+        recipe = json.loads(stored.metadata()["recipe"])
+    try:
+        images = datasets.load(recipe["dataset"])
+    except FileNotFoundError:
+        pytest.skip(f"{recipe['dataset']} is not here")
+    assert images.digest == recipe["data"]
+
+
+def test_normalisation_is_the_exact_one():
+    images = datasets.synthetic(classes=3, size=8, n_train=12, n_test=3)
+    for c in range(3):
+        values = images.x_train[:, c].flatten().tolist()
+        assert images.mean[c] == pytest.approx(statistics.fmean(values) / 255, rel=1e-15)
+        assert images.std[c] == pytest.approx(statistics.pstdev(values) / 255, rel=1e-15)
 
 
 def test_the_digest_knows_the_images_that_are_learnt():
