@@ -264,13 +264,16 @@ def test_a_chapter_that_fails_is_named_and_tried_again(tiny_book, capfd):
     assert "01_sum.ipynb failed (cell 3: ZeroDivisionError: division by zero)" in told
     part = Path(re.search(r"the executed part is in (\S+)", told)[1])
     assert "42" in shown(json.loads(part.read_text()))
-    assert not (chapters / "_build" / "html").exists() and executed().keys() == {"01_sum", "02_time"}
+    assert executed().keys() == {"01_sum", "02_time"}
+    there = html(tiny_book, "01_sum")  # how far it came, and that it came no further
+    assert "stopped at cell 3: ZeroDivisionError: division by zero." in there and "42" in there
+    assert "stopped at" not in html(tiny_book, "02_time")
     first = executed()
     assert build() == 1  # as it was, and tried again
     (failed,) = store.all_runs("01_sum")
     assert store.outcome(failed)["attempts"] == 2 and executed()["02_time"] == first["02_time"]
     edit(chapters / "01_sum.ipynb", "1 / 0", "1 / 1")
-    assert build() == 0 and "42" in html(tiny_book, "01_sum")
+    assert build() == 0 and "42" in html(tiny_book, "01_sum") and "stopped at" not in html(tiny_book, "01_sum")
     assert len(list(store.all_runs("02_time"))) == 1
 
 

@@ -24,7 +24,7 @@ import sys
 from axmoe_lite import paths, runs
 from axmoe_lite.book.execute import LIMIT_MINUTES, data_named_in, execute, what_failed, work_of
 from axmoe_lite.book.html import build_pages, build_single, write_stage
-from axmoe_lite.book.pages import WIDGET, page, page_of
+from axmoe_lite.book.pages import WIDGET, page, page_of, stopped_page
 from axmoe_lite.book.status import status_page
 from axmoe_lite.doctor import pip
 
@@ -42,7 +42,8 @@ def build(*, scale: str = "quick", workers: int | None = None, force: bool = Fal
         single: also the whole book as one page, in ``book/_build/singlehtml``, for printing.
 
     Returns:
-        The exit status: 0, or 1 if there is no book, a chapter failed, or a page did.
+        The exit status: 0, or 1 if there is no book, a chapter failed, or a page did. A chapter that failed has a page
+        all the same, which shows how far it came.
 
     Raises:
         ValueError: for a scale or a number of workers that cannot be.
@@ -66,16 +67,20 @@ def build(*, scale: str = "quick", workers: int | None = None, force: bool = Fal
         failed = execute(works, scale=scale, workers=workers, force=force)
     except RuntimeError as reason:  # the package was edited while chapters ran
         return _refuse(str(reason))
-    for outcome in failed:
-        _refuse(what_failed(outcome))
-    if failed:
-        return 1
-    stage = book / "_build" / "stage"
-    pages = {notebook.name: page_of(notebook, work.run) for notebook, work in works.items()}
+    stage, stopped = book / "_build" / "stage", {outcome["folder"]: outcome["reason"] for outcome in failed}
+    pages = {
+        notebook.name: stopped_page(notebook, work.run, reason=stopped[work.run.folder])
+        if work.run.folder in stopped
+        else page_of(notebook, work.run)
+        for notebook, work in works.items()
+    }
     if edited := [name for name, content in pages.items() if content is None]:
         return _refuse(f"{', '.join(edited)} was edited meanwhile; the same command executes what changed.")
     write_stage(book, stage, pages | {"status.md": status_page(works)})
-    return build_pages(stage, book / "_build", force=force) or (build_single(stage, book / "_build") if single else 0)
+    status = build_pages(stage, book / "_build", force=force) or (build_single(stage, book / "_build") if single else 0)
+    for outcome in failed:  # last, where it is seen
+        status = _refuse(what_failed(outcome))
+    return status
 
 
 def _refuse(why: str) -> int:

@@ -14,11 +14,32 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def page_of(notebook: Path, run: Run) -> dict | None:
     """A chapter's page (see :func:`page`); None if its run has other code, or its notebook was lost."""
-    present = read(notebook)
+    present, executed = read(notebook), store.read_json(run.folder / "notebook.ipynb")
+    return page(present, executed, changed=_changed(present, run)) if executed else None
+
+
+def stopped_page(notebook: Path, run: Run, *, reason: str) -> dict:
+    """The page of a chapter whose run failed: what was computed before, under a box that says where it stopped.
+
+    Args:
+        reason: as in the run's outcome, such as ``"cell 12: AssertionError"``.
+    """
+    present, executed = read(notebook), store.read_json(run.folder / "executing.ipynb")
+    changed, blank = _changed(present, run), [{**cell, "outputs": []} for cell in code_cells(present)]
+    shown = page(present, executed, changed=changed) if executed else None
+    shown = shown or page(present, {"cells": blank}, changed=changed)  # it was edited meanwhile, or never began
+    box = (
+        f"```{{warning}}\nOn the machine that made this page the chapter stopped at {reason.strip(' :')}. Nothing below"
+        " that was computed, and what is claimed above may not hold there.\n```"
+    )
+    told = {"cell_type": "markdown", "id": "stopped", "metadata": {}, "source": box}
+    return {**shown, "cells": [*shown["cells"][:1], told, *shown["cells"][1:]]}
+
+
+def _changed(present: dict, run: Run) -> dict:
+    """The parameters that a run had other values of than its chapter says."""
     known = runs.parameters(present)
-    changed = {name: value for name, value in run.parameters.items() if value != known[name].default}
-    executed = store.read_json(run.folder / "notebook.ipynb")
-    return page(present, executed, changed=changed) if executed else None
+    return {name: value for name, value in run.parameters.items() if value != known[name].default}
 
 
 def page(present: dict, executed: dict, *, changed: dict) -> dict | None:
