@@ -258,6 +258,18 @@ def test_figures_of_measured_rows_refuse_rows_without_evidence(tiny):
         plots.speed_bars([{**row, "commit": ""} for row in rows])
 
 
+def test_machines_are_not_mixed_in_one_figure(tiny):
+    rows = bench.run(bench.builders(["gemm"]), scale="quick", repeats=1, progress=False)
+    other = [{**row, "device": "Another, 1 threads", "speed": 7.0} for row in rows]
+    spec = plots.speed_bars([*rows, *other]).to_dict()
+    bound = {one["name"]: one["bind"] for one in spec["params"] if "bind" in one}
+    here, there = bound["speed_machine"]["options"]
+    assert there == "Another" and rows[0]["device"].startswith(here)
+    assert "speed_machine" not in {one["name"] for one in plots.speed_bars(rows).to_dict()["params"] if "bind" in one}
+    pick = next(one for one in spec["params"] if one["name"] == "speed_machine")
+    assert pick["value"] == here and "datum.machine==speed_machine" in json.dumps(spec)
+
+
 def test_series_and_cases_are_drawn_small_and_offline():
     x = torch.ones(3, 4)
     ways = {name: (lambda: x @ x.T) for name in ("float32", "mul8s_1KV6", "mul8s_1KVA", "random table")}

@@ -24,13 +24,13 @@ _WAYS = {
 def speed_bars(
     rows: list[dict], *, case: str = "", title: str = "How many times as fast as float32?"
 ) -> alt.LayerChart:
-    """Speed of every multiplier in one case, with float32 at 1; menus pick the case and the threads.
+    """Speed of every multiplier in one case, with float32 at 1; menus pick the case, the threads and the machine.
 
     A bar is the faster way there is (for a network its pipeline), the circle beside it the network layer by layer.
 
     Args:
         rows: as :func:`axmoe_lite.bench.run` makes them, or read from ``speed_cases``.
-        case: the one shown first; the first of the rows if left out.
+        case: the one shown first; the first of the rows if left out. Of several machines the first row's is.
 
     Raises:
         ValueError: for rows without evidence.
@@ -45,14 +45,15 @@ def speed_bars(
     table["ms"] = [float(f"{1e3 * s:.3g}") for s in table["seconds"]]
     for column in ("speed", "speed_low", "speed_high"):
         table[column] = [float(f"{value:.3g}") for value in table[column]]
-    key = ["case", "threads", "device", "multiplier"]
+    table["machine"] = [machine_of(device) for device in table["device"]]
+    key = ["case", "threads", "machine", "multiplier"]
     piped = {tuple(row) for row in table.loc[table["column"].str.endswith(FROZEN), key].to_numpy()}
     layered = [tuple(row) in piped for row in table[key].to_numpy()]
     table["mark"] = [
         "bar" if col.endswith(FROZEN) or not two else "circle"
         for col, two in zip(table["column"], layered, strict=True)
     ]
-    kept = ["case", "threads", "label", "way", "mark", "speed", "speed_low", "speed_high", "ms", "note"]
+    kept = ["case", "threads", "machine", "label", "way", "mark", "speed", "speed_low", "speed_high", "ms", "note"]
     kept += ["repeats", "device", "commit", "date", "scale"]
 
     cases, threads = list(dict.fromkeys(table["case"])), sorted({int(t) for t in table["threads"]})
@@ -61,6 +62,9 @@ def speed_bars(
     pick_threads = alt.param(
         "speed_threads", value=threads[0], bind=alt.binding_radio(options=threads, name="threads  ")
     )
+    machines = list(dict.fromkeys(table["machine"]))
+    asked = alt.binding_select(options=machines, name="machine  ") if len(machines) > 1 else None
+    pick_machine = alt.param("speed_machine", value=machines[0], bind=asked or alt.Undefined)
     low = min(PEERS, table["speed_low"].min()) / 3
     x = alt.X(
         "speed:Q",
@@ -81,7 +85,7 @@ def speed_bars(
     ]
     base = (
         alt.Chart(table[kept])
-        .transform_filter("datum.case==speed_case&&datum.threads==speed_threads")
+        .transform_filter("datum.case==speed_case&&datum.threads==speed_threads&&datum.machine==speed_machine")
         .transform_calculate(
             one="1",
             beside="datum.speed<1?datum.speed_low:datum.speed_high",
@@ -109,7 +113,7 @@ def speed_bars(
     reference = [mark for place, text, shade in _REFERENCES for mark in _reference(place, text, shade)]
     return (
         alt.layer(*reference, drawn, spread, numbers, circles)
-        .add_params(pick_case, pick_threads)
+        .add_params(pick_case, pick_threads, pick_machine)
         .properties(width=430, height=alt.Step(19), title=alt.Title(title, offset=18, subtitle=_SUBTITLE))
     )
 
@@ -124,6 +128,15 @@ def _reference(place: float, text: str, shade: str) -> list[alt.Chart]:
 
 
 _SUBTITLE = "Right of the black line: faster. Circle: the same network layer by layer, without the pipeline."
+
+
+def machine_of(device: str) -> str:
+    """A row's processor without its threads.
+
+    >>> machine_of("AMD EPYC, 2 threads")
+    'AMD EPYC'
+    """
+    return device.rsplit(", ", 1)[0]
 
 
 def _way(column: str, rank: float) -> str:
@@ -172,12 +185,13 @@ def speed_scaling(rows: list[dict]) -> alt.VConcatChart:
     Dashed lines are the best that large matrix products reached on the same machine.
 
     Args:
-        rows: of the groups ``scaling`` and ``peak``, as read from ``speed_scaling``.
+        rows: of the groups ``scaling`` and ``peak``, as read from ``speed_scaling``. Of several machines the first's.
 
     Raises:
         ValueError: for rows without evidence.
     """
     check_evidence(rows, "column")
+    rows = [row for row in rows if machine_of(row["device"]) == machine_of(rows[0]["device"])]
     table = pd.DataFrame(rows).astype({"macs": float, "seconds": float, "threads": int, "speed": float})
     table["rate"] = [float(f"{r:.3g}") for r in table["macs"] / table["seconds"] / 1e9]
     peaks = table[table["group"] == "peak"].sort_values("rate").drop_duplicates(["column", "threads"], keep="last")
