@@ -268,6 +268,13 @@ def test_machines_are_not_mixed_in_one_figure(tiny):
     assert "speed_machine" not in {one["name"] for one in plots.speed_bars(rows).to_dict()["params"] if "bind" in one}
     pick = next(one for one in spec["params"] if one["name"] == "speed_machine")
     assert pick["value"] == here and "datum.machine==speed_machine" in json.dumps(spec)
+    assert "not measured there" not in json.dumps(spec["datasets"])
+    elsewhere = plots.speed_bars([*rows, *({**row, "case": "another"} for row in other)]).to_dict()
+    lacking = [row for data in elsewhere["datasets"].values() for row in data if row.get("mark") == "none"]
+    assert {(row["case"], row["machine"], row["label"]) for row in lacking} == {
+        ("tiny", "Another", "not measured there"),
+        ("another", here, "not measured there"),
+    }
 
 
 def test_series_and_cases_are_drawn_small_and_offline():

@@ -3,6 +3,8 @@
 Chapter: 06, "Faster than float32?"
 """
 
+import itertools
+
 import altair as alt
 import pandas as pd
 
@@ -11,6 +13,7 @@ from axmoe_lite.plots.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, check_ev
 PEERS = 1 / 25  # of float32: other lookup simulators, measured on such a processor when this project was planned
 FROZEN = " frozen"
 NAIVE = "naive gather"
+ABSENT = "not measured there"
 
 _WAYS = {
     "float32, made ready": GREY,
@@ -63,8 +66,8 @@ def speed_bars(
         "speed_threads", value=threads[0], bind=alt.binding_radio(options=threads, name="threads  ")
     )
     machines = list(dict.fromkeys(table["machine"]))
-    asked = alt.binding_select(options=machines, name="machine  ") if len(machines) > 1 else None
-    pick_machine = alt.param("speed_machine", value=machines[0], bind=asked or alt.Undefined)
+    menu = alt.binding_select(options=machines, name="machine  ") if len(machines) > 1 else alt.Undefined
+    pick_machine = alt.param("speed_machine", value=machines[0], bind=menu)
     low = min(PEERS, table["speed_low"].min()) / 3
     x = alt.X(
         "speed:Q",
@@ -72,7 +75,7 @@ def speed_bars(
         scale=alt.Scale(type="log", domain=[low, table["speed_high"].max() * 2], nice=False),
         axis=alt.Axis(values=[0.001, 0.01, 0.1, 1, 2, 5, 10, 100], labelExpr="datum.value+'×'"),
     )
-    y = alt.Y("label:N", title=None, sort=_order(table), axis=alt.Axis(labelLimit=260))
+    y = alt.Y("label:N", title=None, sort=[*_order(table), ABSENT], axis=alt.Axis(labelLimit=260))
     evidence = [alt.Tooltip(c) for c in ("case", "threads", "note", "repeats", "device", "commit", "date", "scale")]
     tooltip = [
         alt.Tooltip("label:N", title="multiplier"),
@@ -83,8 +86,12 @@ def speed_bars(
         alt.Tooltip("ms:Q", title="milliseconds", format=".3~g"),
         *evidence,
     ]
+    of = ["case", "threads", "machine"]
+    there = set(table[of].itertuples(index=False, name=None))
+    asked = [one for one in itertools.product(cases, threads, machines) if one not in there]
+    lacking = pd.DataFrame(asked, columns=of).assign(label=ABSENT, mark="none")
     base = (
-        alt.Chart(table[kept])
+        alt.Chart(pd.concat([table[kept], lacking]) if asked else table[kept])
         .transform_filter("datum.case==speed_case&&datum.threads==speed_threads&&datum.machine==speed_machine")
         .transform_calculate(
             one="1",
@@ -93,6 +100,7 @@ def speed_bars(
         )
         .encode(y=y)
     )
+    absent = base.transform_filter("datum.mark=='none'").mark_text(text="").encode(x=alt.value(0))
     colour = alt.Color(
         "way:N",
         title="computed as",
@@ -112,7 +120,7 @@ def speed_bars(
     )
     reference = [mark for place, text, shade in _REFERENCES for mark in _reference(place, text, shade)]
     return (
-        alt.layer(*reference, drawn, spread, numbers, circles)
+        alt.layer(*reference, drawn, spread, numbers, circles, absent)
         .add_params(pick_case, pick_threads, pick_machine)
         .properties(width=430, height=alt.Step(19), title=alt.Title(title, offset=18, subtitle=_SUBTITLE))
     )
