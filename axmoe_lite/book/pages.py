@@ -28,9 +28,10 @@ def stopped_page(notebook: Path, run: Run, *, reason: str) -> dict:
     changed, blank = _changed(present, run), [{**cell, "outputs": []} for cell in code_cells(present)]
     shown = page(present, executed, changed=changed) if executed else None
     shown = shown or page(present, {"cells": blank}, changed=changed)  # it was edited meanwhile, or never began
+    why = reason.strip(" :").replace("`", "'")  # shown as code: an error's words are no markup
     box = (
-        f"```{{warning}}\nOn the machine that made this page the chapter stopped at {reason.strip(' :')}. Nothing below"
-        " that was computed, and what is claimed above may not hold there.\n```"
+        f"```{{warning}}\nOn the machine that made this page the chapter stopped at `{why}`. Nothing below that was"
+        " computed, and what is claimed above may not hold there.\n```"
     )
     told = {"cell_type": "markdown", "id": "stopped", "metadata": {}, "source": box}
     return {**shown, "cells": [*shown["cells"][:1], told, *shown["cells"][1:]]}
