@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from axmoe_lite import Multiplier, approximate
+from axmoe_lite.kernels import int8
 from axmoe_lite.pipeline import freeze
 
+needs_units = pytest.mark.skipif(not int8.available(), reason="this processor's int8 units are not used")
 evidence = pytest.mark.trust("law", "frozen networks: chosen networks, and ways to write them")
 
 ROUGH = "mul8s_1L2J"  # rank 1: clears the lowest bit of both operands

@@ -10,10 +10,10 @@ import torch
 from axmoe_lite import EXACT, conv2d, kernels, matmul, multiplier
 from axmoe_lite.kernels import factored, int8, reference
 
+needs_units = pytest.mark.skipif(not int8.available(), reason="this processor's int8 units are not used")
 evidence = pytest.mark.trust("law", "int8 units: shapes and sums that libraries get wrong")
 
 TABLE = multiplier(EXACT).table
-needs_units = pytest.mark.skipif(not int8.available(), reason="this processor's int8 units are not used")
 
 
 def features() -> set[str]:
@@ -289,6 +289,7 @@ def test_images_whose_sums_do_not_fit_are_cut_into_channels_whose_sums_do(monkey
 # ------------------------------------------------------------------------------ plain products
 
 
+@needs_units
 @evidence
 @pytest.mark.parametrize("m", [1, 2, 23])
 @pytest.mark.parametrize("k", [1, 2, 115])

@@ -4,7 +4,7 @@ import operator
 
 import pytest
 import torch
-from frozen import MANY, ROUGH, Net, check, conv, evidence, frozen_of, settle
+from frozen import MANY, ROUGH, Net, check, conv, evidence, frozen_of, needs_units, settle
 from torch import nn
 
 from axmoe_lite import approximate, models
@@ -130,6 +130,7 @@ def test_an_empty_batch(x):
 # ----------------------------------------------------------------- what may go with a convolution
 
 
+@needs_units
 @evidence
 def test_a_chain_of_convolutions_without_batch_norm_is_the_network_itself(x):
     network = nn.Sequential(conv(), nn.ReLU(), conv(4, 5), nn.ReLU6(), conv(5, 3, 1))
@@ -138,6 +139,7 @@ def test_a_chain_of_convolutions_without_batch_norm_is_the_network_itself(x):
     assert frozen.eager == {} and "3 convolutions in the pipeline" in repr(frozen)
 
 
+@needs_units
 @pytest.mark.parametrize("residual", [False, True])
 def test_six_is_the_ceiling_where_no_codes_follow(x, residual):
     # Before a layer that was calibrated on values up to 6, code 127 is a ceiling already; here nothing else cuts.

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from frozen import MANY, ROUGH, Net, check, conv, evidence, frozen_of, random_table, settle
+from frozen import MANY, ROUGH, Net, check, conv, evidence, frozen_of, needs_units, random_table, settle
 from torch import nn
 
 from axmoe_lite import approximate, kernels, models, restore
@@ -28,6 +28,7 @@ def x():
 # ------------------------------------------------------------------------------ what stays eager
 
 
+@needs_units
 @evidence
 def test_mixed_assignments(x):
     network = nn.Sequential(
@@ -39,6 +40,7 @@ def test_mixed_assignments(x):
     check(network, x, {"3": ROUGH, "9": MANY}, same=False)  # a classifier too
 
 
+@needs_units
 def test_high_ranks_and_wide_factors_stay_eager_by_name(x, monkeypatch):
     monkeypatch.setattr(kernels, "crossover_rank", lambda arithmetic: kernels.ALWAYS_FACTORED)
     network = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
@@ -47,6 +49,7 @@ def test_high_ranks_and_wide_factors_stay_eager_by_name(x, monkeypatch):
     assert "eager: 2, mitchell()" in repr(frozen)
 
 
+@needs_units
 def test_padding_that_the_units_do_not_know_stays_eager_by_name(x):
     network = nn.Sequential(
         conv(padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU(), conv()
@@ -65,6 +68,7 @@ def test_a_network_in_another_type_answers_in_it(x, dtype):
     assert set(frozen.eager) == {"0", "3"} and f"answers in {dtype}" in frozen.eager["0"]
 
 
+@needs_units
 def test_layers_that_are_given_their_input_by_name(x):
     def forward(net, x):
         y = torch.relu(net.norm(input=net.a(input=x)))
@@ -92,6 +96,7 @@ def test_factors_that_are_no_masks(x, signed):
     check(network, x, random_table(1))
 
 
+@needs_units
 def test_too_large_sums_for_a_zero_point_stay_eager_where_images_are_signed():
     # 600 * 127 * 255 > 2^24: signed images do not go to the units; those after a ReLU do.
     x = torch.randn(2, 600, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -125,6 +130,7 @@ class Fickle(nn.Module):
         return self.conv(x) if x.mean() > 0 else self.conv(-x)
 
 
+@needs_units
 def test_what_fx_cannot_trace_stays_eager_by_name(x):
     network = nn.Sequential(conv(), nn.ReLU(), nn.Sequential(Fickle(), nn.ReLU()), conv())
     frozen = check(network, x)
@@ -267,6 +273,7 @@ def trained(textures):
     return network.eval()
 
 
+@needs_units
 @pytest.mark.parametrize("multiplier", ["mul8s_1KV6", ROUGH, MANY])
 def test_a_trained_network_keeps_its_accuracy(trained, textures, multiplier):
     network = copy.deepcopy(trained)
@@ -286,6 +293,7 @@ def test_a_trained_network_keeps_its_accuracy(trained, textures, multiplier):
 # ------------------------------------------------------------------------------------------ the law's corners
 
 
+@needs_units
 def test_a_product_of_two_matrices_and_a_single_image(x):
     network = Net(lambda net, x: net.m(net.a(x).flatten(1), net.a(x).flatten(1).t()), a=conv(), m=Matmul())
     check(network, x, {"a": ROUGH, "m": ROUGH})
